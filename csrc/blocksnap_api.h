@@ -14,6 +14,7 @@ struct bs_device;
 
 #define BS_POOL_READ_ONLY 1
 #define BS_POOL_DIRECT_IO 2
+#define BS_POOL_PASSDOWN 4 /* give the space of freed data blocks back to the backing file */
 
 struct bs_pool_status {
 	uint64_t transaction_id;
@@ -164,11 +165,13 @@ struct bs_loop_info {
 	char backing_path[4096];
 };
 
-/* Attach a file to a free loop device; ret is N of /dev/loopN. sector_size 0 = the kernel's default (512). */
+/* Attach a file to a free loop device; ret is N of /dev/loopN. sector_size 0 = the kernel's default (512). An autoclear
+ * device detaches by itself once this process has ended (or detached it) and nobody has it open or mounted. */
 int bs_loop_attach(const char *path, unsigned int flags, unsigned int sector_size, int *ret);
-/* Detach; waits up to timeout_ms while someone holds it open, then -EBUSY. Detaching a free device succeeds. */
+/* Detach; waits up to timeout_ms while someone holds it open, then -EBUSY, and the kernel detaches it at their last
+ * close. Detaching a free device succeeds. */
 int bs_loop_detach(int number, int timeout_ms);
-/* -ENXIO when the loop device is free. */
+/* -ENXIO when the loop device is free. Device and inode are 0 when the backing file's server does not answer. */
 int bs_loop_info(int number, struct bs_loop_info *ret);
 /* Take over a changed size of the backing file. */
 int bs_loop_refresh(int number);
@@ -176,7 +179,10 @@ int bs_loop_refresh(int number);
 int bs_mount(const char *source, const char *target, const char *type, unsigned long flags, const char *data);
 /* flags are umount2(2)'s. */
 int bs_umount(const char *target, int flags);
-/* Freeze the file system mounted at path; if that takes longer than timeout_ms it is given up, thawed and -ETIMEDOUT. */
+/* Write back the file system that holds path. */
+int bs_filesystem_sync(const char *path);
+/* Freeze the file system mounted at path; if that takes longer than timeout_ms it is given up, thawed and -ETIMEDOUT.
+ * The end of this process, by whatever signal, thaws it too. */
 int bs_filesystem_freeze(const char *path, int timeout_ms);
 int bs_filesystem_thaw(const char *path);
 
@@ -193,3 +199,9 @@ int bs_export_add(struct bs_export *export_, const char *name, struct bs_device 
 int bs_export_remove(struct bs_export *export_, const char *name);
 /* Unmount (lazily when busy), end the threads, free the handle. */
 void bs_export_stop(struct bs_export *export_);
+
+/* ---- opening below a directory (confined.c) ------------------------------------------------------------------- */
+
+/* Open path with the directory root as the file system's root, whatever symlinks and ".." are on the way; flags are
+ * open(2)'s without O_CREAT, O_CLOEXEC is added. Returns a descriptor. Needs no privilege. */
+int bs_open_in_root(int root, const char *path, int flags);

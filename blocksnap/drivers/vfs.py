@@ -1,0 +1,87 @@
+"""The driver of last resort: each layer is a full copy of its parent in a directory. Needs no privilege.
+
+<root>/vfs/ID/tree      the layer
+<root>/vfs/ID/parent    its parent's id
+<root>/vfs/ID/copied    bytes of file contents that making it copied
+"""
+
+from pathlib import Path
+from typing import ClassVar
+
+from ..mount import sync_filesystem
+from .base import Accounting, Driver, check_id
+from .directory import LayerDirectory, allocated_bytes
+from .tree_copy import copy_tree
+
+__all__ = ["VfsDriver"]
+
+
+class VfsDriver(Driver):
+    """Full copies; with reflink=True files share blocks where the file system can (btrfs, XFS)."""
+
+    name: ClassVar[str] = "vfs"
+
+    def __init__(self, root: Path, *, reflink: bool = False) -> None:
+        super().__init__(root)
+        self._reflink = reflink
+        self._layers = LayerDirectory(self.root / "vfs")
+        with self._home.lock.hold():
+            self._layers.sweep()
+
+    def exists(self, id: str) -> bool:
+        return self._layers.exists(check_id(id))
+
+    def layers(self) -> list[str]:
+        return self._layers.ids()
+
+    def parent(self, id: str) -> str | None:
+        self._check_known(id)
+        return self._layers.parent(id)
+
+    def status(self) -> list[tuple[str, str]]:
+        return [
+            ("Root", str(self.root)),
+            ("Layers", str(len(self.layers()))),
+            ("Copies", "reflink where possible" if self._reflink else "full"),
+        ]
+
+    def metadata(self, id: str) -> dict[str, str]:
+        self._check_known(id)
+        return {"Directory": str(self._tree(id))}
+
+    def accounting(self, id: str) -> Accounting:
+        self._check_known(id)
+        copied = int((self._layers.path / id / "copied").read_text())
+        return Accounting(copy_bytes=copied, allocated_bytes=allocated_bytes(self._tree(id)))
+
+    def snapshot(self, id: str, origin: str) -> None:
+        """Copy a layer as it is now."""
+        with self._home.lock.hold():
+            self._check_new(id)
+            self._check_known(origin)
+            self._check_not_held(origin, "snapshot")
+            self._copy(id, self.parent(origin), source=origin)
+
+    def _create(self, id: str, parent: str | None, *, writable: bool) -> None:  # noqa: ARG002
+        self._copy(id, parent, source=parent)
+
+    def _copy(self, id: str, parent: str | None, *, source: str | None) -> None:
+        with self._layers.new(id, parent) as staging:
+            tree = staging / "tree"
+            tree.mkdir(mode=0o755)
+            tree.chmod(0o755)
+            copied = copy_tree(self._tree(source), tree, reflink=self._reflink) if source else 0
+            sync_filesystem(staging)
+            (staging / "copied").write_text(f"{copied}\n")
+
+    def _remove(self, id: str) -> None:
+        self._layers.remove(id)
+
+    def _mount(self, id: str, mount_label: str, *, read_only: bool) -> Path:  # noqa: ARG002
+        return self._tree(id)
+
+    def _unmount(self, id: str) -> None:
+        pass
+
+    def _tree(self, id: str) -> Path:
+        return self._layers.path / id / "tree"

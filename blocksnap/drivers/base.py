@@ -151,11 +151,12 @@ class Driver(ABC):
         """Return the layer's root directory, mounted; each get wants its put.
 
         A layer that has children is mounted read-only where the driver can. The reference belongs to this
-        process and ends with it, or, when lasting, to nobody: it stays until some process puts it.
+        process and ends with it, or, when lasting, to nobody: there is at most one such, and it stays until
+        somebody puts it.
         """
         with self._home.lock.hold(), system_errors(f"layer {id}"):
             self._check_known(id)
-            path = self._mount(id, mount_label, read_only=bool(self.children(id)))
+            path = self._mount(id, mount_label, read_only=bool(self.children(id)), lasting=lasting)
             self._home.add_reference(id, lasting=lasting)
             return path
 
@@ -253,7 +254,7 @@ class Driver(ABC):
     def _remove(self, id: str) -> None: ...
 
     @abstractmethod
-    def _mount(self, id: str, mount_label: str, *, read_only: bool) -> Path: ...
+    def _mount(self, id: str, mount_label: str, *, read_only: bool, lasting: bool) -> Path: ...
 
     @abstractmethod
     def _unmount(self, id: str) -> None: ...

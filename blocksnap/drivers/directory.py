@@ -48,6 +48,9 @@ class LayerDirectory:
         try:
             staging.mkdir(mode=0o700)
             yield staging
+            for entry in os.scandir(staging):
+                if entry.is_file(follow_symlinks=False):
+                    _fsync_file(entry.path)
             write_durable(staging / "parent", (parent or "") + "\n")
             staging.rename(self.path / id)
         except BaseException:
@@ -60,6 +63,11 @@ class LayerDirectory:
         (self.path / id).rename(doomed)
         fsync_directory(self.path)
         remove_tree(doomed)
+
+
+def _fsync_file(path: str) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def remove_tree(path: Path) -> None:

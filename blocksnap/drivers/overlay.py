@@ -180,7 +180,7 @@ class OverlayDriver(Driver):
 
     # ---- mounts --------------------------------------------------------------------------------------------
 
-    def _mount(self, id: str, mount_label: str, *, read_only: bool) -> Path:
+    def _mount(self, id: str, mount_label: str, *, read_only: bool, lasting: bool) -> Path:  # noqa: ARG002
         merged = self._merged(id)
         if mount.is_mounted(merged):
             return merged

@@ -180,8 +180,11 @@ class DriverRoot:
         return sorted(file.name for file in (self.path / "references").iterdir() if self.holders(file.name))
 
     def add_reference(self, id: str, *, lasting: bool) -> None:
+        """Count one more reference of this process; a lasting one is counted once."""
         holder = Holder.lasting() if lasting else Holder.this_process()
-        self._write(id, [*self.holders(id), holder])
+        holders = self.holders(id)
+        if not (lasting and holder in holders):
+            self._write(id, [*holders, holder])
 
     def drop_reference(self, id: str) -> list[Holder]:
         """Drop one reference of this process, else a lasting one; return who still holds the layer."""

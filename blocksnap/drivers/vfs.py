@@ -77,7 +77,7 @@ class VfsDriver(Driver):
     def _remove(self, id: str) -> None:
         self._layers.remove(id)
 
-    def _mount(self, id: str, mount_label: str, *, read_only: bool) -> Path:  # noqa: ARG002
+    def _mount(self, id: str, mount_label: str, *, read_only: bool, lasting: bool) -> Path:  # noqa: ARG002
         return self._tree(id)
 
     def _unmount(self, id: str) -> None:

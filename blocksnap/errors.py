@@ -24,6 +24,8 @@ The message is one line that names the thing and the mend.
 """
 
 import errno as _errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 __all__ = [
     "ArgumentError",
@@ -46,6 +48,7 @@ __all__ = [
     "PrivilegeError",
     "UnsafeLayerError",
     "error_for",
+    "system_errors",
 ]
 
 
@@ -166,3 +169,15 @@ def error_for(code: int, message: str) -> BlocksnapError:
     if kind is DeviceIOError:
         return DeviceIOError(message, -code)
     return kind(message)
+
+
+@contextmanager
+def system_errors(name: str) -> Iterator[None]:
+    """Turn an OSError of the body into the fitting error, naming `name` or the file that the kernel named."""
+    try:
+        yield
+    except BlocksnapError:
+        raise
+    except OSError as error:
+        named = error.filename if isinstance(error.filename, str) else name
+        raise error_for(-(error.errno or _errno.EIO), f"{named}: {error.strerror or error}") from error

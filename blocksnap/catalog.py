@@ -1,0 +1,344 @@
+"""The catalog of a pool: names, sizes, origins and labels of its thin devices, and the operation under way.
+
+One truth out of two stores. The table `device` is the state at `transaction_id`; the table `intent` holds the
+operations that lead to `transaction_id + 1`. A change is
+
+1. `intend`: the operations are written down and synced;
+2. the pool does them and commits them together with transaction id + 1, in one superblock write;
+3. `finish`: the operations are applied to `device` and the number moves.
+
+So on open the pool's number says which of the two states it holds: equal to `transaction_id`, step 2 did not
+happen and the intent is dropped; one more, it did and the intent is applied. Any other number comes from
+outside and is refused.
+
+SQLite runs in WAL mode: a commit is one append and one fsync, and no file must be unlinked durably. (With a
+rollback journal, synchronous=FULL does not sync the directory after the unlink: the journal of an intent may
+come back after a power cut and undo it although the pool has gone on.) `intend` syncs (synchronous=FULL).
+`finish` does not (NORMAL): when it is lost, the next open repeats it, and the log keeps the order. The lock
+is exclusive: the pool's own lock lets one process in, and SQLite then needs no shared-memory file.
+"""
+
+import json
+import os
+import shutil
+import sqlite3
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Self
+
+from .errors import (
+    BlocksnapError,
+    BusyError,
+    DamagedMetadataError,
+    DeviceExistsError,
+    DeviceIOError,
+    NoSpaceError,
+    PoolFormatError,
+    PrivilegeError,
+    system_errors,
+)
+
+__all__ = ["ADOPT", "MAX_DEVICE_ID", "Action", "Catalog", "DeviceRecord", "Operation", "sync_directory"]
+
+MAX_DEVICE_ID = (1 << 24) - 1
+ADOPT = 'take over the pool as it is with "blocksnap pool adopt"'
+_MOVE_AWAY = 'move it away to open the pool with devices named "thin-<id>"'
+_VERSION = 1
+_APPLICATION_ID = 0x62736E70
+_COLUMNS = "id, name, size, origin, created, labels"
+_SCHEMA = f"""
+PRAGMA application_id = {_APPLICATION_ID};
+PRAGMA user_version = {_VERSION};
+CREATE TABLE pool (transaction_id INTEGER NOT NULL);
+CREATE TABLE device (
+    id INTEGER PRIMARY KEY CHECK (id BETWEEN 0 AND {MAX_DEVICE_ID}),
+    name TEXT NOT NULL UNIQUE,
+    size INTEGER NOT NULL,
+    origin INTEGER,
+    created INTEGER NOT NULL,
+    labels TEXT NOT NULL
+);
+CREATE TABLE intent (
+    sequence INTEGER PRIMARY KEY,
+    action TEXT NOT NULL,
+    id INTEGER NOT NULL,
+    name TEXT NOT NULL,
+    size INTEGER NOT NULL,
+    origin INTEGER,
+    created INTEGER NOT NULL,
+    labels TEXT NOT NULL,
+    completing_id INTEGER NOT NULL
+);
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRecord:
+    """What the catalog knows of a thin device; size in bytes, created in ns since 1970, origin an id."""
+
+    id: int
+    name: str
+    size: int
+    created: int
+    origin: int | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+class Action(StrEnum):
+    CREATE = "create"
+    DELETE = "delete"
+    RESIZE = "resize"
+    RELABEL = "relabel"
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """An intended change; the record is the device after it (for a deletion: before it)."""
+
+    action: Action
+    record: DeviceRecord
+
+    def creates(self, device_id: int) -> bool:
+        return self.action is Action.CREATE and self.record.id == device_id
+
+
+def _row(record: DeviceRecord) -> tuple[Any, ...]:
+    labels = json.dumps(dict(record.labels), sort_keys=True)
+    return record.id, record.name, record.size, record.origin, record.created, labels
+
+
+def _record(row: Sequence[Any]) -> DeviceRecord:
+    device_id, name, size, origin, created, labels = row
+    return DeviceRecord(device_id, name, size, created, origin, json.loads(labels))
+
+
+class Catalog:
+    """An open catalog; the caller holds the pool's lock."""
+
+    def __init__(self, database: sqlite3.Connection, path: Path | None) -> None:
+        self._database = database
+        self._name = str(path) if path else "the catalog"
+        self.path = path
+
+    @classmethod
+    def create(cls, path: Path | None, transaction_id: int, records: Sequence[DeviceRecord] = ()) -> Self:
+        """Make the catalog of a pool that is at that transaction; without a path it lives in memory.
+
+        It appears under its name only when it is complete.
+        """
+        if path is None:
+            return cls._fill(_connect(":memory:"), None, transaction_id, records)
+        unfinished = path.with_name(path.name + ".new")
+        with system_errors(str(path)):
+            unfinished.unlink(missing_ok=True)
+            os.close(os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600))
+            with _sqlite_errors(str(unfinished)):
+                cls._fill(_connect(str(unfinished)), unfinished, transaction_id, records).close()
+            unfinished.rename(path)
+            sync_directory(path.parent)
+        return cls.open(path)
+
+    @classmethod
+    def _fill(
+        cls,
+        database: sqlite3.Connection,
+        path: Path | None,
+        transaction_id: int,
+        records: Sequence[DeviceRecord],
+    ) -> Self:
+        database.executescript(_SCHEMA)
+        database.execute("INSERT INTO pool VALUES (0)")
+        catalog = cls(database, path)
+        catalog.adopt(records, transaction_id)
+        return catalog
+
+    @classmethod
+    def open(cls, path: Path, *, read_only: bool = False) -> Self:
+        """Open an existing catalog; read-only works on a copy in memory: recovery changes nothing on disk."""
+        with _sqlite_errors(str(path)):
+            catalog = cls(_connect_copy(path) if read_only else _connect(str(path)), path)
+            catalog._verify()
+        return catalog
+
+    def close(self) -> None:
+        with _sqlite_errors(self._name):
+            self._database.close()
+
+    @property
+    def transaction_id(self) -> int:
+        """The transaction id of the pool state that the device table describes."""
+        with _sqlite_errors(self._name):
+            return int(self._database.execute("SELECT transaction_id FROM pool").fetchone()[0])
+
+    def records(self) -> list[DeviceRecord]:
+        """Return every device by ascending id."""
+        with _sqlite_errors(self._name):
+            return [
+                _record(row) for row in self._database.execute(f"SELECT {_COLUMNS} FROM device ORDER BY id")
+            ]
+
+    def intent(self) -> list[Operation]:
+        """Return the operations that were intended and neither finished nor undone."""
+        with _sqlite_errors(self._name):
+            rows = self._database.execute(
+                f"SELECT action, {_COLUMNS} FROM intent ORDER BY sequence"
+            ).fetchall()
+        return [Operation(Action(row[0]), _record(row[1:])) for row in rows]
+
+    def intend(self, operations: Sequence[Operation]) -> int:
+        """Write operations down durably; return the transaction id that completes them.
+
+        An earlier intent must have been finished in the pool or undone: what is left of it is applied first.
+        """
+        with self._change(durable=True):
+            self._apply_intent()
+            completing_id = self._database.execute("SELECT transaction_id + 1 FROM pool").fetchone()[0]
+            self._database.executemany(
+                f"INSERT INTO intent (action, {_COLUMNS}, completing_id) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                [(operation.action, *_row(operation.record), completing_id) for operation in operations],
+            )
+        return int(completing_id)
+
+    def finish(self) -> None:
+        """Apply the intent: the pool has committed it."""
+        with self._change(durable=False):
+            self._apply_intent()
+
+    def undo(self) -> None:
+        """Drop the intent: the pool has not committed it and never will."""
+        with self._change(durable=True):
+            self._database.execute("DELETE FROM intent")
+
+    def recover(self, pool_transaction_id: int) -> None:
+        """Finish or undo what a crash interrupted; PoolFormatError if the numbers do not belong together."""
+        own = self.transaction_id
+        if pool_transaction_id == own:
+            self.undo()
+        elif pool_transaction_id == own + 1 and self.intent():
+            self.finish()
+        else:
+            raise PoolFormatError(
+                f"{self._name} describes transaction {own}, but the pool is at {pool_transaction_id}:"
+                f" put back the catalog that belongs to it, or {ADOPT}"
+            )
+
+    def adopt(self, records: Sequence[DeviceRecord], transaction_id: int) -> None:
+        """Replace everything by what the pool was found to hold."""
+        with self._change(durable=True):
+            self._database.execute("DELETE FROM intent")
+            self._database.execute("DELETE FROM device")
+            self._database.executemany(
+                f"INSERT INTO device ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)",
+                [_row(record) for record in records],
+            )
+            self._database.execute("UPDATE pool SET transaction_id = ?", (transaction_id,))
+
+    def _apply_intent(self) -> None:
+        operations = self.intent()
+        for operation in operations:
+            self._apply(operation)
+        if operations:
+            self._database.execute("UPDATE pool SET transaction_id = (SELECT max(completing_id) FROM intent)")
+            self._database.execute("DELETE FROM intent")
+
+    def _apply(self, operation: Operation) -> None:
+        record = operation.record
+        match operation.action:
+            case Action.CREATE:
+                self._database.execute(
+                    f"INSERT INTO device ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)", _row(record)
+                )
+            case Action.DELETE:
+                self._database.execute("DELETE FROM device WHERE id = ?", (record.id,))
+                self._database.execute("UPDATE device SET origin = NULL WHERE origin = ?", (record.id,))
+            case Action.RESIZE:
+                self._database.execute("UPDATE device SET size = ? WHERE id = ?", (record.size, record.id))
+            case Action.RELABEL:
+                self._database.execute(
+                    "UPDATE device SET labels = ? WHERE id = ?", (_row(record)[-1], record.id)
+                )
+
+    @contextmanager
+    def _change(self, *, durable: bool) -> Iterator[None]:
+        with _sqlite_errors(self._name):
+            self._database.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            with self._database:
+                self._database.execute("BEGIN IMMEDIATE")
+                yield
+
+    def _verify(self) -> None:
+        application = self._database.execute("PRAGMA application_id").fetchone()[0]
+        version = self._database.execute("PRAGMA user_version").fetchone()[0]
+        if application != _APPLICATION_ID:
+            raise PoolFormatError(
+                f"{self._name} is not a catalog of blocksnap: put the right one there, or {_MOVE_AWAY}"
+            )
+        if version != _VERSION:
+            raise PoolFormatError(
+                f"{self._name} has version {version}, this blocksnap reads {_VERSION}: use a newer one"
+            )
+
+
+def _connect(database: str) -> sqlite3.Connection:
+    connection = sqlite3.connect(database, isolation_level=None, check_same_thread=False)
+    connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = FULL")
+    return connection
+
+
+def _connect_copy(path: Path) -> sqlite3.Connection:
+    """Open a copy of the database and its log; a read-only connection could not replay the log."""
+    memory = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+    with tempfile.TemporaryDirectory(prefix="blocksnap-catalog-") as folder:
+        for suffix in ("", "-wal"):
+            source = path.with_name(path.name + suffix)
+            if suffix == "" or source.exists():
+                shutil.copyfile(source, Path(folder, "catalog" + suffix))
+        copy = _connect(str(Path(folder, "catalog")))
+        copy.backup(memory)
+        copy.close()
+    return memory
+
+
+def sync_directory(path: Path) -> None:
+    """Make creations, renames and removals in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+_SQLITE_ERRORS: dict[int, type[BlocksnapError]] = {
+    sqlite3.SQLITE_FULL: NoSpaceError,
+    sqlite3.SQLITE_BUSY: BusyError,
+    sqlite3.SQLITE_LOCKED: BusyError,
+    sqlite3.SQLITE_CORRUPT: DamagedMetadataError,
+    sqlite3.SQLITE_NOTADB: DamagedMetadataError,
+    sqlite3.SQLITE_PERM: PrivilegeError,
+    sqlite3.SQLITE_READONLY: PrivilegeError,
+    sqlite3.SQLITE_CONSTRAINT: DeviceExistsError,
+}
+_MENDS: dict[type[BlocksnapError], str] = {
+    NoSpaceError: "free space on its file system",
+    BusyError: "another program has it open: end it",
+    DamagedMetadataError: f"restore it, or {_MOVE_AWAY}",
+    PrivilegeError: "its owner must be able to write it",
+}
+
+
+@contextmanager
+def _sqlite_errors(name: str) -> Iterator[None]:
+    try:
+        with system_errors(name):
+            yield
+    except sqlite3.Error as error:
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+        kind = _SQLITE_ERRORS.get(code, DeviceIOError)
+        mend = _MENDS.get(kind)
+        raise kind(f"{name}: {error}" + (f": {mend}" if mend else "")) from error

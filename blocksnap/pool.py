@@ -1,0 +1,423 @@
+"""The library's front door: Pool and ThinDevice, by name, over an engine and a catalog that always agree."""
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import metadata as metadata_walks
+from .catalog import Catalog, DeviceRecord
+from .errors import (
+    ArgumentError,
+    BlocksnapError,
+    BusyError,
+    DeviceNotFoundError,
+    NeedsCheckError,
+    NotSupportedError,
+    PrivilegeError,
+)
+from .pool_files import (
+    PathArgument,
+    PoolFiles,
+    Progress,
+    backing_size,
+    creation,
+    fully_allocated,
+    grow_file,
+    metadata_size_for,
+    wipe_superblock,
+)
+from .pool_recovery import open_catalog
+from .pool_report import DeviceUsage, PoolStatus, device_usage, pool_status, reverse_mappings
+from .pool_transaction import DeviceTable, Transaction
+from .thin_device import ThinDevice, parse_device_size, require_name
+from .units import Size, parse_size
+from .user_pool import UserDevice, UserPool
+
+__all__ = ["Pool"]
+
+
+class Pool:
+    """An open pool: `with Pool.create("pool", size="10G") as pool: ...`.
+
+    Each of create_device, snapshot, resize and delete is a transaction of its own, or part of
+    `transaction()`. When it returns, it is durable in the pool and in the catalog. Methods may be called
+    from any thread.
+    """
+
+    def __init__(self, files: PoolFiles, engine: UserPool, catalog: Catalog) -> None:
+        self._files = files
+        self._engine = engine
+        self._catalog = catalog
+        self._table = DeviceTable(catalog.records(), f"pool {files}")
+        self._devices: dict[int, ThinDevice] = {}
+        self._lock = threading.RLock()
+        self._transaction: Transaction | None = None
+        self._transaction_thread = 0
+        self._failed = False
+        self._read_only = engine.status().read_only
+
+    # ---- making, opening, closing
+
+    @classmethod
+    def create(
+        cls,
+        path: PathArgument | None = None,
+        *,
+        size: Size | None = None,
+        block_size: Size = "64K",
+        engine: str = "user",
+        metadata_size: Size | None = None,
+        preallocate: bool = False,
+        progress: Progress | None = None,
+        metadata: PathArgument | None = None,
+        data: PathArgument | None = None,
+        catalog: PathArgument | None = None,
+        direct_io: bool = False,
+    ) -> Self:
+        """Make a pool in a new directory, or on two devices (or files), and open it.
+
+        size is that of the data; without one, two devices are used whole. metadata_size defaults to 48 bytes
+        a data block, at least 2 MiB. preallocate writes the data file full of zeros, so that later writes
+        change no metadata of its file system. A failure at any moment leaves nothing behind that looks like
+        a pool.
+        """
+        _require_user_engine(engine)
+        files = PoolFiles.locate(path, metadata=metadata, data=data, catalog=catalog)
+        block_bytes = parse_size(block_size, "block size")
+        with creation(files):
+            if files.directory is None:
+                if preallocate or metadata_size is not None:
+                    raise ArgumentError(
+                        "preallocate and metadata_size are for a pool in a directory: drop them"
+                    )
+                data_bytes = backing_size(files.data) if size is None else parse_size(size)
+            else:
+                data_bytes = _data_size(size, block_bytes)
+                grow_file(files.metadata, _metadata_size(metadata_size, data_bytes, block_bytes))
+                grow_file(files.data, data_bytes, preallocate=preallocate, progress=progress)
+            _format(files, data_bytes, block_bytes)
+        return cls.open(path, metadata=metadata, data=data, catalog=catalog, direct_io=direct_io)
+
+    @classmethod
+    def open(
+        cls,
+        path: PathArgument | None = None,
+        *,
+        engine: str = "user",
+        read_only: bool = False,
+        direct_io: bool = False,
+        passdown: bool | None = None,
+        metadata: PathArgument | None = None,
+        data: PathArgument | None = None,
+        catalog: PathArgument | None = None,
+        adopt: bool = False,
+    ) -> Self:
+        """Open an existing pool and repair what a crash interrupted.
+
+        passdown gives the space of freed blocks back to the backing file system; by default it does unless
+        the data file is fully allocated. A pool without a catalog gets one with devices named "thin-<id>".
+        Where pool and catalog disagree in a way that no crash explains, PoolFormatError; adopt takes over
+        what the pool holds.
+        """
+        _require_user_engine(engine)
+        files = PoolFiles.locate(path, metadata=metadata, data=data, catalog=catalog)
+        files.require()
+        if passdown is None:
+            passdown = not fully_allocated(files.data)
+        core = UserPool.open(
+            files.metadata, files.data, read_only=read_only, direct_io=direct_io, passdown=passdown
+        )
+        try:
+            return cls(files, core, open_catalog(files, core, adopt=adopt))
+        except BaseException:
+            core.abandon()
+            raise
+
+    def close(self) -> None:
+        """Commit and release the pool; BusyError while a device is held by an export."""
+        with self._lock:
+            self._refuse_in_transaction("close")
+            held = next((device.name for device in self._devices.values() if device.held), None)
+            if held is not None:
+                raise BusyError(
+                    f'thin device "{held}" is in use: unmount it before closing pool {self._files}'
+                )
+            for device in self._devices.values():
+                device._close()
+            if self._failed:
+                self._engine.abandon()
+            try:
+                self._engine.close()
+            finally:
+                if self._engine.closed:
+                    self._catalog.close()
+
+    def abandon(self) -> None:
+        """Drop the pool without a commit, as a killed process does. For tests and emergencies."""
+        self._engine.abandon()
+        self._catalog.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Pool {str(self._files)!r}{' closed' if self._engine.closed else ''}>"
+
+    # ---- devices
+
+    @property
+    def path(self) -> Path:
+        """The directory of the pool, or its metadata device."""
+        return self._files.directory or self._files.metadata
+
+    @property
+    def read_only(self) -> bool:
+        return self._read_only
+
+    def devices(self) -> list[ThinDevice]:
+        """Return every thin device by name."""
+        with self._lock:
+            return [self._device(record) for record in self._table.records()]
+
+    def device(self, name: str) -> ThinDevice:
+        """Return a thin device; DeviceNotFoundError if there is none of that name."""
+        with self._lock:
+            return self._device(self._table.named(name))
+
+    def create_device(self, name: str, size: Size, *, labels: Mapping[str, str] | None = None) -> ThinDevice:
+        """Create a thin device that reads as zeros and takes no space until it is written to."""
+        require_name(name)
+        size_bytes = parse_device_size(size)
+        with self._mutation() as transaction:
+            return self._device(transaction.create(name, size_bytes, labels or {}))
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Make the operations of the block one transaction: one commit at its end, none after an exception.
+
+        Deletions and shrinking take effect at the end. No flush or commit of this thread can happen inside;
+        those of other threads wait.
+        """
+        with self._lock:
+            if self._transaction is not None:
+                raise ArgumentError("a transaction is under way already: they do not nest")
+            with self._mutation():
+                yield
+
+    def commit(self) -> None:
+        """Make everything written so far durable, in one commit for all devices."""
+        self._refuse_in_transaction("commit")
+        self._engine.commit()
+
+    # ---- growing and reporting
+
+    def extend(
+        self,
+        *,
+        size: Size | None = None,
+        metadata_size: Size | None = None,
+        preallocate: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        """Grow data, metadata or both to new sizes; a pool on devices grows to what its devices have now."""
+        with self._lock:
+            self._refuse_in_transaction("extend")
+            self._require_writable()
+            status = self.status()
+            data_bytes = status.data_bytes if size is None else parse_size(size)
+            metadata_bytes = (
+                status.metadata_bytes if metadata_size is None else parse_size(metadata_size, "metadata size")
+            )
+            if data_bytes < status.data_bytes or metadata_bytes < status.metadata_bytes:
+                raise ArgumentError(f"pool {self._files} cannot shrink: give a larger size")
+            if self._files.directory is not None:
+                grow_file(self._files.metadata, metadata_bytes)
+                grow_file(self._files.data, data_bytes, preallocate=preallocate, progress=progress)
+                self._engine.extend(data_bytes)
+            else:
+                self._engine.extend(0 if size is None and metadata_size is None else data_bytes)
+
+    def status(self) -> PoolStatus:
+        """Return sizes, numbers, flags and byte counters of the pool."""
+        return pool_status(str(self._files), self._engine)
+
+    def usage(self) -> list[DeviceUsage]:
+        """Return the mapped, exclusive and shared bytes of every thin device, by name."""
+        block_size = self._engine.status().block_size
+        with self._quiescent() as metadata:
+            found = metadata_walks.usage(metadata)
+            names = {record.id: record.name for record in self._table.records()}
+        return device_usage(found, names, block_size)
+
+    def delta(self, left: ThinDevice | str, right: ThinDevice | str) -> NDArray[np.void]:
+        """Return where two devices differ: a structured array (thin_begin, length, kind), in blocks.
+
+        kind is one of the DELTA_ constants of blocksnap.metadata. What both share is not read.
+        """
+        ids = self._id_of(left), self._id_of(right)
+        with self._quiescent() as metadata:
+            return metadata_walks.delta_ranges(metadata, *ids)
+
+    def reverse_mappings(self, begin: int = 0, end: int | None = None) -> NDArray[np.void]:
+        """Return who uses the data blocks from begin to before end.
+
+        The array has the fields data_begin, length, device_id and thin_begin, in blocks.
+        """
+        return reverse_mappings(self._engine, begin, end)
+
+    def write_delta(self, left: ThinDevice | str, right: ThinDevice | str, output: int) -> None:
+        """Write to a file descriptor what `thin_delta` prints for two devices."""
+        ids = self._id_of(left), self._id_of(right)
+        with self._quiescent() as metadata:
+            metadata_walks.write_delta(metadata, *ids, output)
+
+    def dump(self, output: int) -> None:
+        """Write to a file descriptor what `thin_dump` prints."""
+        with self._quiescent() as metadata:
+            metadata_walks.dump(metadata, output)
+
+    def check(self, output: int) -> metadata_walks.CheckReport:
+        """Check everything in the metadata; findings go to a file descriptor, a line each."""
+        with self._quiescent() as metadata:
+            return metadata_walks.check(metadata, output)
+
+    # ---- what the devices ask for
+
+    def _current(self, record: DeviceRecord) -> DeviceRecord:
+        current = self._table.find(record.id)
+        if current is None or current.created != record.created:
+            raise DeviceNotFoundError(f'thin device "{record.name}" has been deleted')
+        return current
+
+    def _origin_of(self, record: DeviceRecord) -> str | None:
+        origin = None if record.origin is None else self._table.find(record.origin)
+        # A later device that was given the id of a deleted origin is none.
+        return origin.name if origin is not None and origin.created <= record.created else None
+
+    def _open_handle(self, record: DeviceRecord) -> UserDevice:
+        return self._engine.open_device(record.id, record.size)
+
+    def _snapshot(self, device: ThinDevice, name: str, labels: Mapping[str, str]) -> ThinDevice:
+        require_name(name)
+        with self._mutation() as transaction:
+            origin = device._current()
+            return self._device(transaction.create(name, origin.size, labels, origin))
+
+    def _resize(self, device: ThinDevice, size: int) -> None:
+        with self._mutation() as transaction:
+            transaction.resize(device._current(), size)
+
+    def _relabel(self, device: ThinDevice, labels: Mapping[str, str]) -> None:
+        with self._mutation() as transaction:
+            transaction.relabel(device._current(), labels)
+
+    def _delete(self, device: ThinDevice) -> None:
+        with self._mutation() as transaction:
+            record = device._current()
+            if device.held:
+                raise BusyError(f'thin device "{record.name}" is in use: unmount it first')
+            device._close()
+            transaction.delete(record)
+
+    # ---- inside
+
+    def _device(self, record: DeviceRecord) -> ThinDevice:
+        device = self._devices.get(record.id)
+        if device is None or device.created != record.created:
+            device = self._devices[record.id] = ThinDevice(self, record)
+        return device
+
+    def _id_of(self, device: ThinDevice | str) -> int:
+        return device._current().id if isinstance(device, ThinDevice) else self._table.named(device).id
+
+    @contextmanager
+    def _mutation(self) -> Iterator[Transaction]:
+        """Give the transaction under way, or one that ends with the block."""
+        with self._lock:
+            if self._transaction is not None:
+                yield self._transaction
+                return
+            self._require_writable()
+            transaction = Transaction(self._engine, self._catalog, self._table, self._close_handle)
+            self._transaction, self._transaction_thread = transaction, threading.get_ident()
+            try:
+                yield transaction
+            except BaseException:
+                with suppress(BlocksnapError):
+                    transaction.abort()
+                raise
+            else:
+                transaction.complete()
+            finally:
+                self._transaction = None
+                self._failed = self._failed or not transaction.ended
+
+    def _close_handle(self, device_id: int) -> None:
+        device = self._devices.get(device_id)
+        if device is not None:
+            device._close()
+
+    @contextmanager
+    def _quiescent(self) -> Iterator[Path]:
+        """Give the metadata while no commit happens; what is committed then stays in place."""
+        with self._lock:
+            self._refuse_in_transaction("walk the metadata")
+            if self._read_only or self._failed:
+                yield self._files.metadata
+                return
+            self._engine.commit()
+            transaction_id = self._engine.status().transaction_id
+            self._engine.begin()
+            try:
+                yield self._files.metadata
+            finally:
+                self._engine.end(transaction_id, transaction_id)
+
+    def _refuse_in_transaction(self, what: str) -> None:
+        if self._transaction is not None and self._transaction_thread == threading.get_ident():
+            raise BusyError(f"cannot {what} inside a transaction of the same thread: do it before or after")
+
+    def _require_writable(self) -> None:
+        if self._failed:
+            raise NeedsCheckError(
+                f"pool {self._files} could not complete a transaction: close and open it, which repairs it"
+            )
+        if self._read_only:
+            raise PrivilegeError(f"pool {self._files} is open read-only: open it for writing")
+
+
+def _require_user_engine(engine: str) -> None:
+    if engine == "kernel":
+        raise NotSupportedError('the kernel engine is not part of this version: use engine "user"')
+    if engine != "user":
+        raise ArgumentError(f'"{engine}" is no engine: use "user"')
+
+
+def _data_size(size: Size | None, block_size: int) -> int:
+    if size is None:
+        raise ArgumentError('give the size of the pool, like size="10G"')
+    size_bytes = parse_size(size)
+    if block_size == 0 or size_bytes < block_size:
+        raise ArgumentError(f"a pool of {size_bytes} bytes holds no block of {block_size} bytes: give more")
+    return size_bytes - size_bytes % block_size
+
+
+def _metadata_size(size: Size | None, data_bytes: int, block_size: int) -> int:
+    return metadata_size_for(data_bytes, block_size) if size is None else parse_size(size, "metadata size")
+
+
+def _format(files: PoolFiles, data_bytes: int, block_size: int) -> None:
+    UserPool.format(files.metadata, files.data, data_bytes=data_bytes, block_size=block_size)
+    try:
+        Catalog.create(files.catalog, 0).close()
+    except BaseException:
+        wipe_superblock(files.metadata)
+        raise

@@ -1,0 +1,80 @@
+"""Opening the catalog of a pool so that both tell the same: finish or undo, then compare device by device."""
+
+import time
+from collections.abc import Collection
+
+from .catalog import ADOPT, Catalog, DeviceRecord
+from .errors import PoolFormatError
+from .pool_files import PoolFiles
+from .user_pool import UserPool
+
+__all__ = ["open_catalog"]
+
+_MAX_SIZE = 1 << 62
+
+
+def open_catalog(files: PoolFiles, engine: UserPool, *, adopt: bool = False) -> Catalog:
+    """Return the catalog, recovered and in agreement with the pool; only a writable pool's is changed on
+    disk.
+
+    Without a catalog the pool gets one with devices named "thin-<id>". With adopt the pool is the truth: the
+    catalog keeps the names it has for devices that are there and forgets the others.
+    """
+    status = engine.status()
+    present = {info.id for info in engine.devices()}
+    if not files.catalog.exists():
+        path = None if status.read_only else files.catalog
+        return Catalog.create(path, status.transaction_id, _named_by_number(engine, present))
+    catalog = Catalog.open(files.catalog, read_only=status.read_only)
+    try:
+        if adopt:
+            known = [record for record in catalog.records() if record.id in present]
+            unknown = present - {record.id for record in known}
+            taken = {record.name for record in known}
+            catalog.adopt([*known, *_named_by_number(engine, unknown, taken)], status.transaction_id)
+        catalog.recover(status.transaction_id)
+        _compare(catalog, present, files)
+    except BaseException:
+        catalog.close()
+        raise
+    return catalog
+
+
+def _named_by_number(
+    engine: UserPool, device_ids: Collection[int], taken: Collection[str] = ()
+) -> list[DeviceRecord]:
+    block_size = engine.status().block_size
+    return [
+        DeviceRecord(
+            device_id,
+            _free_name(f"thin-{device_id}", taken),
+            min(max(engine.end_of_mappings(device_id), 1) * block_size, _MAX_SIZE),
+            time.time_ns(),
+        )
+        for device_id in sorted(device_ids)
+    ]
+
+
+def _free_name(name: str, taken: Collection[str]) -> str:
+    while name in taken:
+        name += "+"
+    return name
+
+
+def _compare(catalog: Catalog, present: set[int], files: PoolFiles) -> None:
+    known = {record.id: record.name for record in catalog.records()}
+    unknown = sorted(present - known.keys())
+    missing = [f'"{known[device_id]}" (id {device_id})' for device_id in sorted(known.keys() - present)]
+    if unknown:
+        raise PoolFormatError(
+            f"pool {files} holds thin devices that its catalog does not know (ids {_some(unknown)}): {ADOPT}"
+        )
+    if missing:
+        raise PoolFormatError(
+            f"the catalog of pool {files} names thin devices that it does not hold: {_some(missing)}; {ADOPT}"
+        )
+
+
+def _some(things: Collection[object]) -> str:
+    shown = ", ".join(str(thing) for thing in list(things)[:5])
+    return shown if len(things) <= 5 else f"{shown} and {len(things) - 5} more"

@@ -1,0 +1,165 @@
+"""ThinDevice: one thin device of an open pool, by name."""
+
+import threading
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Protocol
+
+from .catalog import DeviceRecord
+from .errors import ArgumentError
+from .units import Size, parse_size
+from .user_pool import Buffer, UserDevice
+
+__all__ = ["SECTOR_SIZE", "ThinDevice", "parse_device_size", "require_name"]
+
+SECTOR_SIZE = 512
+_MAX_NAME_BYTES = 255
+
+
+class Owner(Protocol):
+    """What a thin device asks of its pool."""
+
+    def _current(self, record: DeviceRecord) -> DeviceRecord: ...
+    def _origin_of(self, record: DeviceRecord) -> str | None: ...
+    def _open_handle(self, record: DeviceRecord) -> UserDevice: ...
+    def _refuse_in_transaction(self, what: str) -> None: ...
+    def _snapshot(self, device: "ThinDevice", name: str, labels: Mapping[str, str]) -> "ThinDevice": ...
+    def _resize(self, device: "ThinDevice", size: int) -> None: ...
+    def _relabel(self, device: "ThinDevice", labels: Mapping[str, str]) -> None: ...
+    def _delete(self, device: "ThinDevice") -> None: ...
+
+
+def require_name(name: str) -> None:
+    unfit = not name or name in (".", "..") or "/" in name or not name.isprintable()
+    if unfit or len(name.encode(errors="surrogateescape")) > _MAX_NAME_BYTES:
+        raise ArgumentError(
+            f'"{name}" cannot name a thin device: use 1 to {_MAX_NAME_BYTES} printable characters without "/"'
+        )
+
+
+def parse_device_size(size: Size) -> int:
+    size_bytes = parse_size(size)
+    if size_bytes == 0 or size_bytes % SECTOR_SIZE:
+        raise ArgumentError(
+            f"a thin device of {size_bytes} bytes: the size must be a multiple of {SECTOR_SIZE}"
+        )
+    return size_bytes
+
+
+class ThinDevice:
+    """A thin device of an open pool; the pool makes these.
+
+    The handle of the engine is opened by the first use and closed with the pool. Methods may be called from
+    any thread.
+    """
+
+    def __init__(self, pool: Owner, record: DeviceRecord) -> None:
+        self._pool = pool
+        self._record = record
+        self._handle: UserDevice | None = None
+        self._held: list[UserDevice] = []
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"<ThinDevice {self.name!r} id {self.id}>"
+
+    @property
+    def name(self) -> str:
+        return self._record.name
+
+    @property
+    def id(self) -> int:
+        return self._record.id
+
+    @property
+    def size(self) -> int:
+        """Size in bytes."""
+        return self._current().size
+
+    @property
+    def origin(self) -> str | None:
+        """Name of the device that this is a snapshot of; None without one, or if it has been deleted."""
+        return self._pool._origin_of(self._current())
+
+    @property
+    def created(self) -> int:
+        """Time of creation in nanoseconds since 1970."""
+        return self._record.created
+
+    @property
+    def labels(self) -> Mapping[str, str]:
+        return MappingProxyType(dict(self._current().labels))
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return length bytes from offset on; holes read as zeros."""
+        if length < 0:
+            raise ArgumentError(f"length {length} is negative")
+        buffer = bytearray(length)
+        self.read_into(offset, buffer)
+        return bytes(buffer)
+
+    def read_into(self, offset: int, buffer: Buffer) -> int:
+        """Fill a writable buffer from offset on; return the number of bytes."""
+        return self._open().read_into(offset, buffer)
+
+    def write(self, offset: int, buffer: Buffer) -> int:
+        """Write a buffer at offset without copying it first; return the number of bytes."""
+        return self._open().write(offset, buffer)
+
+    def discard(self, offset: int, length: int) -> None:
+        """Make a range read as zeros and free the whole blocks in it."""
+        self._open().discard(offset, length)
+
+    def flush(self) -> None:
+        """Make everything written so far durable."""
+        self._pool._refuse_in_transaction("flush")
+        self._open().flush()
+
+    def resize(self, size: Size) -> None:
+        """Change the size; shrinking frees what lies behind the new end."""
+        self._pool._resize(self, parse_device_size(size))
+
+    def snapshot(self, name: str, *, labels: Mapping[str, str] | None = None) -> "ThinDevice":
+        """Create a device that shares every block with this one."""
+        return self._pool._snapshot(self, name, labels or {})
+
+    def set_labels(self, labels: Mapping[str, str]) -> None:
+        """Replace the labels."""
+        self._pool._relabel(self, labels)
+
+    def delete(self) -> None:
+        """Delete the device; BusyError while it is exported or mounted."""
+        self._pool._delete(self)
+
+    def hold(self) -> UserDevice:
+        """Return a handle of its own for an export; until it is closed the device cannot be deleted."""
+        record = self._current()
+        with self._lock:
+            handle = self._pool._open_handle(record)
+            self._held = [each for each in self._held if not each.closed] + [handle]
+        return handle
+
+    @property
+    def held(self) -> bool:
+        """Whether a handle of hold() is open."""
+        return any(not each.closed for each in self._held)
+
+    def _current(self) -> DeviceRecord:
+        self._record = self._pool._current(self._record)
+        return self._record
+
+    def _open(self) -> UserDevice:
+        handle = self._handle
+        if handle is None or handle.closed:
+            record = self._current()
+            with self._lock:
+                if self._handle is None or self._handle.closed:
+                    self._handle = self._pool._open_handle(record)
+                handle = self._handle
+        return handle
+
+    def _close(self) -> None:
+        with self._lock:
+            handle, self._handle = self._handle, None
+        if handle is not None:
+            handle.close()

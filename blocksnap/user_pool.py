@@ -1,0 +1,344 @@
+"""The user engine: one thin pool run in this process by the C core, devices by number.
+
+Every call may come from any thread. A handle that one thread closes is freed only when no other thread is
+inside a call with it; a call that comes later fails with ArgumentError.
+"""
+
+import errno
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from os import PathLike, fspath
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._native import check, encode, ffi, lib
+from .errors import ArgumentError
+
+__all__ = ["MAPPING", "Buffer", "DeviceInfo", "EngineStatus", "PoolCounters", "UserDevice", "UserPool"]
+
+Buffer = Any
+"""Anything with the buffer protocol, contiguous: bytes, bytearray, memoryview, numpy arrays."""
+
+MAPPING = np.dtype([("thin_block", "u8"), ("data_block", "u8"), ("time", "u8")])
+_MAPPINGS_A_CALL = 1 << 16
+_DEVICES_A_CALL = 1 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class PoolCounters:
+    """Bytes, blocks and requests since the pool was opened, each counted where it meets the backing."""
+
+    application_bytes: int
+    application_read_bytes: int
+    zero_filled_bytes: int
+    copied_bytes: int
+    read_for_copy_bytes: int
+    metadata_bytes: int
+    padding_bytes: int
+    discarded_bytes: int
+    blocks_provisioned: int
+    blocks_copied: int
+    blocks_overwritten: int
+    commits: int
+    flushes: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """What the engine knows of its pool; a data block has block_size bytes, a metadata block 4096."""
+
+    transaction_id: int
+    block_size: int
+    data_blocks: int
+    data_blocks_free: int
+    metadata_blocks: int
+    metadata_blocks_free: int
+    held_root: int
+    time: int
+    nr_devices: int
+    read_only: bool
+    needs_check: bool
+    out_of_space: bool
+    failed: bool
+    direct_io: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceInfo:
+    """The details that the metadata hold of a thin device."""
+
+    id: int
+    creation_time: int
+    snapshotted_time: int
+    mapped_blocks: int
+    transaction_id: int
+
+
+_FLAGS = {"read_only", "needs_check", "out_of_space", "failed", "direct_io"}
+
+
+def _values(struct: Any, kind: type[Any]) -> dict[str, Any]:
+    names = kind.__slots__
+    return {name: bool(getattr(struct, name)) if name in _FLAGS else getattr(struct, name) for name in names}
+
+
+class _Handle:
+    """A pointer of the core and the number of calls that are using it."""
+
+    __slots__ = ("_idle", "_pointer", "_users", "_what")
+
+    def __init__(self, pointer: Any, what: str) -> None:
+        self._pointer = pointer
+        self._users = 0
+        self._idle = threading.Condition(threading.Lock())
+        self._what = what
+
+    def __enter__(self) -> Any:
+        with self._idle:
+            if self._pointer is None:
+                raise ArgumentError(f"{self._what} is closed: open it again")
+            self._users += 1
+            return self._pointer
+
+    def __exit__(self, *_: object) -> None:
+        with self._idle:
+            self._users -= 1
+            if self._users == 0:
+                self._idle.notify_all()
+
+    def take(self) -> Any:
+        """Return the pointer for freeing once no call uses it, None if it was taken before."""
+        with self._idle:
+            pointer, self._pointer = self._pointer, None
+            while self._users:
+                self._idle.wait()
+            return pointer
+
+    def give_back(self, pointer: Any) -> None:
+        with self._idle:
+            self._pointer = pointer
+
+    @property
+    def closed(self) -> bool:
+        return self._pointer is None
+
+
+def _bytes_of(buffer: Buffer, *, writable: bool) -> Any:
+    try:
+        return ffi.from_buffer("char[]", buffer, require_writable=writable)
+    except (BufferError, ValueError) as error:
+        raise ArgumentError(f"the buffer cannot be used: {error}") from None
+
+
+def _require_range(offset: int, length: int) -> None:
+    if offset < 0 or length < 0:
+        raise ArgumentError(f"offset {offset}, length {length}: neither may be negative")
+
+
+class UserDevice:
+    """An active thin device."""
+
+    __slots__ = ("_handle",)
+
+    def __init__(self, pointer: Any, what: str) -> None:
+        self._handle = _Handle(pointer, what)
+
+    @property
+    def size(self) -> int:
+        with self._handle as device:
+            return int(lib.bs_device_size(device))
+
+    @property
+    def closed(self) -> bool:
+        return self._handle.closed
+
+    def handle(self) -> _Handle:
+        """Return the handle for another wrapper of the core (the FUSE export): `with` gives the pointer."""
+        return self._handle
+
+    def read_into(self, offset: int, buffer: Buffer) -> int:
+        target = _bytes_of(buffer, writable=True)
+        _require_range(offset, len(target))
+        with self._handle as device:
+            return check(lib.bs_device_read(device, offset, target, len(target)))
+
+    def write(self, offset: int, buffer: Buffer) -> int:
+        source = _bytes_of(buffer, writable=False)
+        _require_range(offset, len(source))
+        with self._handle as device:
+            return check(lib.bs_device_write(device, offset, source, len(source)))
+
+    def discard(self, offset: int, length: int) -> None:
+        _require_range(offset, length)
+        with self._handle as device:
+            check(lib.bs_device_discard(device, offset, length))
+
+    def flush(self) -> None:
+        with self._handle as device:
+            check(lib.bs_device_flush(device))
+
+    def resize(self, size: int) -> None:
+        with self._handle as device:
+            check(lib.bs_device_resize(device, size))
+
+    def close(self) -> None:
+        pointer = self._handle.take()
+        if pointer is not None:
+            lib.bs_device_close(pointer)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class UserPool:
+    """A thin pool opened by the user engine; it belongs to this process until it is closed."""
+
+    def __init__(self, pointer: Any, what: str) -> None:
+        self._handle = _Handle(pointer, what)
+        self._what = what
+
+    @staticmethod
+    def format(
+        metadata: str | PathLike[str], data: str | PathLike[str], *, data_bytes: int, block_size: int
+    ) -> None:
+        """Write an empty pool to two files or devices; the first block of metadata must be zero."""
+        paths = encode(fspath(metadata)), encode(fspath(data))
+        check(lib.bs_pool_format(*paths, data_bytes, block_size))
+
+    @classmethod
+    def open(
+        cls,
+        metadata: str | PathLike[str],
+        data: str | PathLike[str],
+        *,
+        read_only: bool = False,
+        direct_io: bool = False,
+        passdown: bool = False,
+    ) -> Self:
+        """Open and lock a pool; BusyError names the process that holds it.
+
+        With passdown the space of freed data blocks goes back to the backing file system.
+        """
+        flags = lib.BS_POOL_READ_ONLY if read_only else 0
+        flags |= lib.BS_POOL_DIRECT_IO if direct_io else 0
+        flags |= lib.BS_POOL_PASSDOWN if passdown else 0
+        result = ffi.new("struct bs_pool **")
+        check(lib.bs_pool_open(encode(fspath(metadata)), encode(fspath(data)), flags, result))
+        return cls(result[0], f"the pool of {fspath(metadata)}")
+
+    def close(self) -> None:
+        """Commit and release. BusyError while a device is open: the pool then stays as it is."""
+        pointer = self._handle.take()
+        if pointer is None:
+            return
+        code = lib.bs_pool_close(pointer)
+        if code == -errno.EBUSY:
+            self._handle.give_back(pointer)
+        check(code)
+
+    def abandon(self) -> None:
+        """Drop every handle without a commit: what a killed process leaves behind."""
+        pointer = self._handle.take()
+        if pointer is not None:
+            lib.bs_pool_abandon(pointer)
+
+    @property
+    def closed(self) -> bool:
+        return self._handle.closed
+
+    def commit(self) -> None:
+        with self._handle as pool:
+            check(lib.bs_pool_commit(pool))
+
+    def begin(self) -> None:
+        """Hold back every commit until end()."""
+        with self._handle as pool:
+            check(lib.bs_pool_begin(pool))
+
+    def end(self, current_id: int, new_id: int) -> None:
+        """Commit what happened since begin() together with a new transaction id."""
+        with self._handle as pool:
+            check(lib.bs_pool_end(pool, current_id, new_id))
+
+    def status(self) -> EngineStatus:
+        result = ffi.new("struct bs_pool_status *")
+        with self._handle as pool:
+            check(lib.bs_pool_status(pool, result))
+        return EngineStatus(**_values(result, EngineStatus))
+
+    def counters(self) -> PoolCounters:
+        result = ffi.new("struct bs_pool_counters *")
+        with self._handle as pool:
+            check(lib.bs_pool_counters(pool, result))
+        return PoolCounters(**_values(result, PoolCounters))
+
+    def extend(self, data_bytes: int) -> None:
+        """Grow to the present sizes of the backing, of the data at most data_bytes (0 = all)."""
+        with self._handle as pool:
+            check(lib.bs_pool_extend(pool, data_bytes))
+
+    def create_device(self, device_id: int) -> None:
+        with self._handle as pool:
+            check(lib.bs_pool_create_device(pool, device_id))
+
+    def create_snapshot(self, device_id: int, origin_id: int) -> None:
+        with self._handle as pool:
+            check(lib.bs_pool_create_snapshot(pool, device_id, origin_id))
+
+    def delete_device(self, device_id: int) -> None:
+        """Delete a device; BusyError while it is open."""
+        with self._handle as pool:
+            check(lib.bs_pool_delete_device(pool, device_id))
+
+    def open_device(self, device_id: int, size: int) -> UserDevice:
+        result = ffi.new("struct bs_device **")
+        with self._handle as pool:
+            check(lib.bs_device_open(pool, device_id, size, result))
+        return UserDevice(result[0], f"thin device {device_id} of {self._what.removeprefix('the ')}")
+
+    def devices(self) -> list[DeviceInfo]:
+        """Return the details of every device by ascending id."""
+        found: list[DeviceInfo] = []
+        out = ffi.new("struct bs_device_info[]", _DEVICES_A_CALL)
+        count = _DEVICES_A_CALL
+        while count == _DEVICES_A_CALL:
+            begin = found[-1].id + 1 if found else 0
+            with self._handle as pool:
+                count = check(lib.bs_pool_devices(pool, begin, out, _DEVICES_A_CALL))
+            found += [DeviceInfo(**_values(out[i], DeviceInfo)) for i in range(count)]
+        return found
+
+    def mappings(self, device_id: int, begin: int = 0) -> Iterator[NDArray[np.void]]:
+        """Yield a device's mappings from thin block begin on, ascending, in arrays of MAPPING."""
+        count = _MAPPINGS_A_CALL
+        while count == _MAPPINGS_A_CALL:
+            out = self._some_mappings(device_id, begin, _MAPPINGS_A_CALL)
+            count = len(out)
+            if count:
+                begin = int(out["thin_block"][-1]) + 1
+                yield out
+
+    def _some_mappings(self, device_id: int, begin: int, capacity: int) -> NDArray[np.void]:
+        out = np.empty(capacity, MAPPING)
+        with self._handle as pool:
+            target = ffi.from_buffer("struct bs_mapping[]", out, require_writable=True)
+            count = check(lib.bs_pool_mappings(pool, device_id, begin, target, capacity))
+        return out[:count]
+
+    def end_of_mappings(self, device_id: int) -> int:
+        """Return the thin block behind the highest mapped one, 0 for an empty device (about 50 look-ups)."""
+        low, high = 0, 1 << 51
+        while low < high:
+            middle = (low + high) // 2
+            found = self._some_mappings(device_id, middle, 1)
+            if len(found):
+                low = int(found["thin_block"][0]) + 1
+            else:
+                high = middle
+        return low

@@ -1,0 +1,145 @@
+"""A file imports, or includes, only what lies in a layer below its own."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "blocksnap"
+CSRC = ROOT / "csrc"
+
+# Bottom to top. A package is one name: what its files import of each other is its own affair.
+PYTHON_LAYERS = [
+    {"errors"},
+    {"units"},
+    {"_blocksnap"},
+    {"_native"},
+    {"mount", "metadata", "archive", "device_mapper", "udev"},
+    {"user_pool", "kernel_pool"},
+    {"catalog"},
+    {"pool_files"},
+    {"pool_recovery", "pool_report", "pool_transaction"},
+    {"thin_device"},
+    {"pool"},
+    {"pool_protocol"},
+    {"pool_client"},
+    {"pool_server"},
+    {"drivers", "oci"},
+    {"graph_store"},
+    {"graph"},
+    {"amplification"},
+    {"__init__"},
+    {"serve"},
+    {"cli"},
+    {"__main__"},
+]
+
+C_LAYERS = [
+    {"blocksnap_api"},
+    {"blocksnap", "disk_format"},
+    {"error", "crc32c", "count_map", "grace"},
+    {"io", "child_process", "text_output"},
+    {"io_file", "io_memory", "block_manager", "space_map", "metadata_reader"},
+    {"transaction_manager"},
+    {"btree"},
+    {"space_map_ll"},
+    {"space_map_disk", "space_map_metadata"},
+    {"thin_metadata"},
+    {"thin_check", "thin_delta", "thin_dump", "thin_usage"},
+    {"map_cache"},
+    {"engine"},
+    {"data_io"},
+    {"thin_io"},
+    {"fuse_export", "mount", "loop", "confined", "dm_ioctl", "cow_model"},
+]
+
+
+def ranks(layers: list[set[str]]) -> dict[str, int]:
+    return {name: rank for rank, layer in enumerate(layers) for name in layer}
+
+
+def unit_of(path: Path) -> str:
+    """Return the layer's name for a Python file: its package below blocksnap, or its own."""
+    inside = path.relative_to(PACKAGE)
+    return inside.parts[0] if len(inside.parts) > 1 else inside.stem
+
+
+def is_module(name: str) -> bool:
+    return any((PACKAGE / f"{name}{suffix}").exists() for suffix in ("", ".py", ".pyi"))
+
+
+def imported_units(path: Path) -> Iterator[tuple[str, int]]:
+    """Yield each unit of blocksnap that a file imports ("__init__" for the package itself), and the line."""
+    depth = len(path.relative_to(PACKAGE).parts)
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                head, *rest = alias.name.split(".")
+                if head == "blocksnap":
+                    yield (rest[0] if rest else "__init__"), node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module.split(".") if node.module else []
+            if node.level == 0:
+                if module[0] != "blocksnap":
+                    continue
+                module = module[1:]
+            elif node.level < depth:
+                continue
+            if module:
+                yield module[0], node.lineno
+            else:
+                for alias in node.names:
+                    yield (alias.name if is_module(alias.name) else "__init__"), node.lineno
+
+
+def test_python_files_import_only_from_layers_below() -> None:
+    rank = ranks(PYTHON_LAYERS)
+    upward = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        own = unit_of(path)
+        for unit, line in imported_units(path):
+            if unit != own and rank[unit] >= rank[own]:
+                upward.append(f"{path.relative_to(ROOT)}:{line}: {own} imports {unit}")
+    assert not upward, "\n".join(upward)
+
+
+def test_every_python_module_has_a_layer() -> None:
+    modules = {unit_of(path) for path in PACKAGE.rglob("*.py")}
+    assert not modules - ranks(PYTHON_LAYERS).keys(), "add the new modules to PYTHON_LAYERS"
+
+
+def test_the_compiled_module_has_one_importer() -> None:
+    importers = {
+        unit_of(path)
+        for path in PACKAGE.rglob("*.py")
+        for unit, _ in imported_units(path)
+        if unit == "_blocksnap"
+    }
+    assert importers == {"_native"}
+
+
+def included(path: Path) -> Iterator[tuple[str, int]]:
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        match = re.match(r'\s*#\s*include\s+"([^"]+)\.h"', line)
+        if match:
+            yield match[1], number
+
+
+def c_files() -> list[Path]:
+    return sorted(path for path in CSRC.glob("*.[ch]") if path.stem != "pending_weak")
+
+
+def test_c_files_include_only_from_layers_below() -> None:
+    rank = ranks(C_LAYERS)
+    upward = []
+    for path in c_files():
+        for unit, line in included(path):
+            if unit != path.stem and rank[unit] >= rank[path.stem]:
+                upward.append(f"{path.relative_to(ROOT)}:{line}: {path.stem} includes {unit}")
+    assert not upward, "\n".join(upward)
+
+
+def test_every_c_file_has_a_layer() -> None:
+    stems = {path.stem for path in c_files()}
+    assert not stems - ranks(C_LAYERS).keys(), "add the new files to C_LAYERS"

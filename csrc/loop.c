@@ -29,6 +29,8 @@
 #define LOOP_BLOCK_MAJOR 7
 #define ATTACH_ATTEMPTS 1000
 #define POLL_MS 5
+/* What detaching may always take; only a stuck backing file takes longer. */
+#define CLEAR_MS 1000
 
 static int64_t now_ms(void)
 {
@@ -262,8 +264,10 @@ static void detach_child(const void *args, int socket)
 	int r = fd < 0 ? fd : 0;
 
 	child_reply(socket, r, 0);
-	if (r < 0 || child_wait(socket) < 0)
+	if (r < 0)
 		return;
+	/* A maker that gave up wants it detached as well. */
+	child_wait(socket);
 	if (ioctl(fd, LOOP_CLR_FD) < 0)
 		r = -errno;
 	close(fd);
@@ -279,9 +283,9 @@ static int loop_clear(int number, int timeout_ms)
 	if (r < 0)
 		return r;
 	r = child_answer(&child, timeout_ms, &answer);
+	/* Once the child has it open this is not the last close. */
+	loop_let_go(number);
 	if (r == 1 && answer.error == 0) {
-		/* The child has it open, so this is not the last close. */
-		loop_let_go(number);
 		r = child_tell(&child) == 0 ? child_answer(&child, timeout_ms, &answer) : -EIO;
 	}
 	if (r == 0) {
@@ -297,7 +301,7 @@ int bs_loop_detach(int number, int timeout_ms)
 	uint64_t sequence = loop_sequence(number);
 	int64_t deadline = now_ms() + timeout_ms;
 
-	int r = loop_clear(number, timeout_ms < 0 ? 0 : timeout_ms);
+	int r = loop_clear(number, timeout_ms < CLEAR_MS ? CLEAR_MS : timeout_ms);
 	if (r == -ENXIO)
 		return 0;
 	if (r == -EPERM || r == -EACCES)

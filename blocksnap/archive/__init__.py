@@ -1,0 +1,17 @@
+"""Layer tars: apply one to a directory, find what changed in a directory, pack that as a layer."""
+
+from .changes import Change, ChangeKind, changes, diff_size
+from .extract import LayerStats, Limits, WhiteoutStyle, apply_layer
+from .pack import pack_diff
+
+__all__ = [
+    "Change",
+    "ChangeKind",
+    "LayerStats",
+    "Limits",
+    "WhiteoutStyle",
+    "apply_layer",
+    "changes",
+    "diff_size",
+    "pack_diff",
+]

@@ -1,0 +1,185 @@
+"""What a comparison yields: one Measurement a row, and the JSON of the public contract.
+
+A figure that a driver cannot give is None (null in JSON), never 0 and never left out.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..units import format_size
+
+__all__ = [
+    "BASELINE",
+    "PARTS",
+    "Comparison",
+    "Latency",
+    "Measurement",
+    "Skipped",
+    "Target",
+    "latency_of",
+]
+
+BASELINE = "volume"
+
+PARTS: dict[str, str] = {
+    "data": "written by the file system of the container",
+    "copied": "written again only because a shared block was broken",
+    "zero_filled": "zeros around a write that covers a new block in part",
+    "pool_metadata": "metadata blocks and superblocks of the pool",
+    "outside": "backing file system: journal and metadata of the ext4 below the pool",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One column of the comparison: a driver, and for `thin` a block size in bytes."""
+
+    driver: str
+    block_size: int | None = None
+
+    @property
+    def label(self) -> str:
+        return self.driver if self.block_size is None else f"{self.driver} {format_size(self.block_size)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A driver that this machine cannot run, and why."""
+
+    driver: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """Seconds an operation waited; `first` is the first one, which pays for a copy-up, the others are over
+    all.
+    """
+
+    first: float
+    p50: float
+    p99: float
+    max: float
+
+
+def latency_of(samples: Sequence[float] | None) -> Latency | None:
+    """Return the nearest-rank percentiles of the latencies in order of execution."""
+    if not samples:
+        return None
+    ordered = sorted(samples)
+
+    def rank(share: float) -> float:
+        return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+
+    return Latency(samples[0], rank(0.50), rank(0.99), ordered[-1])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """The figures of one target, bytes and seconds, over the window that begins before the container layer is
+    created.
+
+    write_amplification = backing_bytes / application_bytes; where there is no loop device to count (not
+    root), the bytes that the pool counted itself stand in, and write_amplification_source says so.
+    space_amplification = allocated_bytes / changed_bytes. changed_bytes_source: "workload" knows it, or
+    "application_bytes" stands in (too high when the same place is written twice).
+    """
+
+    target: Target
+    engine: str | None = None
+    application_bytes: int | None = None
+    changed_bytes: int | None = None
+    changed_bytes_source: str | None = None
+    filesystem_bytes: int | None = None
+    backing_bytes: int | None = None
+    copy_bytes: int | None = None
+    metadata_bytes: int | None = None
+    allocated_bytes: int | None = None
+    allocated_bytes_source: str | None = None
+    write_amplification_source: str | None = None
+    parts: Mapping[str, int] | None = None
+    create_seconds: float | None = None
+    seconds: float | None = None
+    sync_seconds: float | None = None
+    operations: int | None = None
+    latency: Latency | None = None
+    error: str | None = None
+
+    @property
+    def label(self) -> str:
+        return self.target.label
+
+    @property
+    def written_bytes(self) -> int | None:
+        """Bytes that reached the backing device: its own counter, else what the pool counted."""
+        if self.backing_bytes is not None or self.parts is None:
+            return self.backing_bytes
+        return sum(self.parts.values())
+
+    @property
+    def write_amplification(self) -> float | None:
+        return _ratio(self.written_bytes, self.application_bytes)
+
+    @property
+    def space_amplification(self) -> float | None:
+        return _ratio(self.allocated_bytes, self.changed_bytes)
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the row of the JSON result: contract fields first, additions behind them."""
+        return {
+            "driver": self.target.driver,
+            "engine": self.engine,
+            "block_size": self.target.block_size,
+            "application_bytes": self.application_bytes,
+            "filesystem_bytes": self.filesystem_bytes,
+            "backing_bytes": self.backing_bytes,
+            "copy_bytes": self.copy_bytes,
+            "metadata_bytes": self.metadata_bytes,
+            "allocated_bytes": self.allocated_bytes,
+            "write_amplification": self.write_amplification,
+            "space_amplification": self.space_amplification,
+            "seconds": self.seconds,
+            "operations": self.operations,
+            "latency": dataclasses.asdict(self.latency) if self.latency else None,
+            "create_seconds": self.create_seconds,
+            "sync_seconds": self.sync_seconds,
+            "changed_bytes": self.changed_bytes,
+            "changed_bytes_source": self.changed_bytes_source,
+            "allocated_bytes_source": self.allocated_bytes_source,
+            "write_amplification_source": self.write_amplification_source,
+            "parts": dict(self.parts) if self.parts is not None else None,
+            "error": self.error,
+        }
+
+
+def _ratio(numerator: int | None, denominator: int | None) -> float | None:
+    return None if numerator is None or not denominator else numerator / denominator
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """All rows of one run, what ran them and what was left out."""
+
+    machine: Mapping[str, object]
+    workload: Mapping[str, object]
+    results: Sequence[Measurement]
+    skipped: Sequence[Skipped] = ()
+    seconds: float = 0.0
+
+    @property
+    def measured(self) -> list[Measurement]:
+        """The rows that have a write amplification."""
+        return [row for row in self.results if row.write_amplification is not None]
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the JSON result of `blocksnap compare --json`."""
+        return {
+            "machine": dict(self.machine),
+            "workload": dict(self.workload),
+            "results": [row.as_dict() for row in self.results],
+            "skipped": [dataclasses.asdict(skipped) for skipped in self.skipped],
+            "parts": PARTS,
+            "seconds": self.seconds,
+        }

@@ -1,0 +1,195 @@
+"""Where a driver is measured: a fresh ext4 file system on a loop device of its own, whose counter nobody else
+moves.
+
+A work directory (`blocksnap-compare-*`) belongs to one process, which holds its file `owner` locked; whoever
+can take that lock may clear the directory away.
+
+Without root there is no loop device: the testbed is then a plain directory and has no counter.
+"""
+
+import errno
+import fcntl
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from .. import mount
+from ..errors import BlocksnapError, BusyError, NoSpaceError, NotSupportedError, error_for
+from .verdict import format_bytes
+
+__all__ = [
+    "DEFAULT_WORK_DIR",
+    "PREFIX",
+    "Testbed",
+    "check_space",
+    "clear_below",
+    "open_testbed",
+    "owner_is_alive",
+    "work_directory",
+]
+
+DEFAULT_WORK_DIR = Path("/var/tmp")  # unlike /tmp it is seldom in memory
+PREFIX = "blocksnap-compare-"
+
+_QUIET_SECONDS = 0.15
+_QUIET_TIMEOUT = 5.0
+
+
+class Testbed:
+    """A root directory for one driver; on a loop device when there is one."""
+
+    def __init__(self, root: Path, loop: mount.LoopDevice | None) -> None:
+        self.root = root
+        self._loop = loop
+
+    @property
+    def counts(self) -> bool:
+        """Whether there is a device whose counter is ours alone."""
+        return self._loop is not None
+
+    def written_bytes(self) -> int | None:
+        """Return the bytes written to the loop device so far; only differences mean something."""
+        return None if self._loop is None else self._loop.written_bytes()
+
+    def used_bytes(self) -> int | None:
+        """Return the space in use on the file system of the testbed; None where others use it too."""
+        if self._loop is None:
+            return None
+        status = os.statvfs(self.root)
+        return (status.f_blocks - status.f_bfree) * status.f_frsize
+
+    def settle(self) -> None:
+        """Sync the file system and wait until the device's counter stands still."""
+        mount.sync_filesystem(self.root)
+        deadline = time.monotonic() + _QUIET_TIMEOUT
+        last, since = self.written_bytes(), time.monotonic()
+        while self._loop is not None and time.monotonic() - since < _QUIET_SECONDS:
+            time.sleep(0.03)
+            if (now := self.written_bytes()) != last:
+                last, since = now, time.monotonic()
+            if time.monotonic() > deadline:
+                raise BusyError(
+                    f"{self._loop.path} is written to without a pause: something else uses {self.root}"
+                )
+
+
+@contextmanager
+def work_directory(parent: Path, *, keep: bool = False) -> Iterator[Path]:
+    """Make a directory below parent and hold it as ours; it is gone afterwards, unless it is to be kept."""
+    parent.mkdir(parents=True, exist_ok=True)
+    directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent.resolve()))
+    owner = os.open(directory / "owner", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(owner, fcntl.LOCK_EX)
+        yield directory
+    finally:
+        clear_below(directory)
+        if not keep:
+            shutil.rmtree(directory)
+        os.close(owner)
+
+
+def owner_is_alive(directory: Path) -> bool:
+    """Say whether a process still holds a work directory."""
+    try:
+        owner = os.open(directory / "owner", os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(owner)
+    return False
+
+
+@contextmanager
+def open_testbed(
+    directory: Path, name: str, size: int, *, on_loop: bool, keep: bool = False
+) -> Iterator[Testbed]:
+    """Give a fresh testbed of `size` bytes in a work directory; with keep its file NAME.ext4 stays."""
+    root = directory / name
+    root.mkdir()
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, root, ignore_errors=True)
+        if not on_loop:
+            yield Testbed(root, None)
+            return
+        backing = directory / f"{name}.ext4"
+        if not keep:
+            stack.callback(backing.unlink, missing_ok=True)
+        loop = stack.enter_context(mount.LoopDevice.attach(_make_file_system(backing, size), direct_io=True))
+        mount.mount(loop.path, root, "ext4")
+        stack.callback(clear_below, root)
+        (root / "lost+found").rmdir()
+        yield Testbed(root, loop)
+
+
+def _make_file_system(backing: Path, size: int) -> Path:
+    """Make a sparse file with an ext4 on it that the kernel has nothing left to initialise in."""
+    with backing.open("wb") as file:
+        file.truncate(size)
+    options = ["-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0"]
+    try:
+        subprocess.run([_mkfs(), *options, str(backing)], check=True, capture_output=True, text=True)
+    except subprocess.CalledProcessError as error:
+        raise BlocksnapError(f"mkfs.ext4 on {backing} failed: {error.stderr.strip()}") from None
+    return backing
+
+
+def _mkfs() -> str:
+    path = shutil.which("mkfs.ext4") or shutil.which("mkfs.ext4", path="/usr/sbin:/sbin")
+    if path is None:
+        raise NotSupportedError("mkfs.ext4 is not installed: apt install e2fsprogs")
+    return path
+
+
+def check_space(directory: Path, needed: int) -> None:
+    """Raise NoSpaceError when a directory's file system has less than `needed` bytes free."""
+    status = os.statvfs(directory)
+    free = status.f_bavail * status.f_frsize
+    if free < needed:
+        has, needs = format_bytes(free), format_bytes(needed)
+        raise NoSpaceError(f"{directory} has {has} free, {needs} are needed: choose another --work-dir")
+
+
+def clear_below(directory: Path, timeout: float = 5.0) -> None:
+    """Unmount everything at and below a directory, and detach the loop devices over files in it.
+
+    What is still in use after `timeout` seconds is unmounted lazily: it ends with its last user.
+    """
+    real = Path(os.path.realpath(directory))
+    deadline = time.monotonic() + timeout
+    for target in _mounts_below(real):
+        _unmount_patiently(target, deadline)
+    for loop in mount.loop_devices():
+        if Path(loop.backing_path).is_relative_to(real):
+            loop.detach()
+
+
+def _mounts_below(directory: Path) -> list[str]:
+    """Return the mounts at and below a directory, the youngest first."""
+    targets = [entry.target for entry in mount.mount_table()]
+    return [target for target in reversed(targets) if Path(target).is_relative_to(directory)]
+
+
+def _unmount_patiently(target: str, deadline: float) -> None:
+    while time.monotonic() < deadline:
+        try:
+            mount.unmount(target)
+            return
+        except BusyError:
+            time.sleep(0.05)
+        except BlocksnapError:
+            break
+    try:
+        mount.unmount(target, lazy=True)
+    except BlocksnapError as error:
+        if getattr(error, "errno", None) != errno.EINVAL:
+            raise error_for(-errno.EBUSY, f"{target} cannot be unmounted: {error}") from error

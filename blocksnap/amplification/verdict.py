@@ -1,0 +1,145 @@
+"""One paragraph in plain words: who wins, by how much, why, and at which block sizes block-level copy-on-
+write does.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from ..units import format_size
+from .result import BASELINE, Comparison, Measurement
+
+__all__ = ["format_bytes", "format_ratio", "format_seconds", "verdict"]
+
+
+def format_ratio(value: float) -> str:
+    """Return three significant digits without an exponent: 1.42, 17.3, 1,240."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def format_bytes(value: int) -> str:
+    """Return a size as people say it: 64 MiB, 7.3 MiB, 512 bytes."""
+    text = format_size(value)
+    return f"{text[:-1]} {text[-1]}iB" if text[-1:].isalpha() else f"{value} byte{'' if value == 1 else 's'}"
+
+
+def format_seconds(value: float, space: str = " ") -> str:
+    """Return a duration with a unit that fits it: 85 ms, 1.24 s, 310 us."""
+    if value >= 1:
+        return f"{value:.2f}{space}s"
+    return f"{value * 1e3:.3g}{space}ms" if value >= 1e-3 else f"{value * 1e6:.0f}{space}us"
+
+
+def verdict(comparison: Comparison) -> str:
+    """Return the conclusion from the rows that have a write amplification; the baseline cannot win."""
+    rows = sorted(
+        (row for row in comparison.measured if row.target.driver != BASELINE),
+        key=lambda row: _amplification(row),
+    )
+    if not rows:
+        return "Nobody wins: no driver has a write amplification here."
+    sentences = [
+        _winner_sentence(rows, comparison),
+        _block_size_sentence(rows),
+        _first_write_sentence(comparison),
+    ]
+    return " ".join(filter(None, sentences))
+
+
+def _amplification(row: Measurement) -> float:
+    value = row.write_amplification
+    assert value is not None
+    return value
+
+
+def _winner_sentence(rows: Sequence[Measurement], comparison: Comparison) -> str:
+    winner, others = rows[0], _best_of_each_driver(rows)[1:]
+    figure = format_ratio(_amplification(winner))
+    sentence = (
+        f"{_name(winner)} wins: {figure} bytes reach the disk for each byte that the application writes"
+    )
+    if others:
+        sentence += ", against " + _join(
+            [f"{format_ratio(_amplification(row))} with {_name(row)}" for row in others]
+        )
+    return sentence + _volume_clause(comparison) + "." + _copies_sentence([winner, *others])
+
+
+def _best_of_each_driver(rows: Sequence[Measurement]) -> list[Measurement]:
+    best: dict[str, Measurement] = {}
+    for row in rows:
+        best.setdefault(row.target.driver, row)
+    return list(best.values())
+
+
+def _name(row: Measurement) -> str:
+    size = row.target.block_size
+    return row.target.driver if size is None else f"{row.target.driver} with {format_size(size)} blocks"
+
+
+def _copies_sentence(rows: Sequence[Measurement]) -> str:
+    """Say why: the bytes that were copied only because of the granularity."""
+    known = [row for row in rows if row.copy_bytes is not None]
+    if not any(row.copy_bytes for row in known):
+        return ""
+    copies = [
+        f"{format_bytes(row.copy_bytes)} with {_name(row)}" for row in known if row.copy_bytes is not None
+    ]
+    return f" Copied only for copy-on-write: {_join(copies)}."
+
+
+def _volume_clause(comparison: Comparison) -> str:
+    volume = next((row for row in comparison.measured if row.target.driver == BASELINE), None)
+    if volume is None:
+        return ""
+    return f"; a volume, without any copy-on-write, writes {format_ratio(_amplification(volume))}"
+
+
+def _block_size_sentence(rows: Sequence[Measurement]) -> str:
+    """Say at which block sizes the block-level driver beats the best file-level one."""
+    blocks = [row for row in rows if row.target.block_size is not None]
+    files = [row for row in rows if row.target.block_size is None]
+    if not blocks or not files:
+        return ""
+    rival = files[0]
+    better = sorted(
+        row.target.block_size or 0 for row in blocks if _amplification(row) < _amplification(rival)
+    )
+    worse = sorted({row.target.block_size or 0 for row in blocks} - set(better))
+    if not better:
+        return (
+            f"At no block size measured does block-level copy-on-write write less than {rival.target.driver}."
+        )
+    less = f"Block-level copy-on-write writes less than {rival.target.driver}"
+    if not worse:
+        return f"{less} at every block size measured."
+    return f"{less} at {_join(map(format_size, better))}, more at {_join(map(format_size, worse))}."
+
+
+def _first_write_sentence(comparison: Comparison) -> str:
+    """Say how long the first write waits; a driver that copies when the container is made waits there."""
+    rows = [row for row in _best_of_each_driver(comparison.measured) if row.latency is not None]
+    if len(rows) < 2:
+        return ""
+    waits = [
+        f"{format_seconds(row.latency.first)} with {_name(row)}" + _creation(row)
+        for row in rows
+        if row.latency
+    ]
+    return f"The first operation takes {_join(waits)}."
+
+
+def _creation(row: Measurement) -> str:
+    slow = (
+        row.create_seconds is not None
+        and row.latency is not None
+        and row.create_seconds > 2 * row.latency.first
+    )
+    if not slow or row.create_seconds is None or row.create_seconds < 0.1:
+        return ""
+    return f" (after {format_seconds(row.create_seconds)} to create the container)"
+
+
+def _join(parts: Iterable[str]) -> str:
+    words = list(parts)
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]

@@ -1,0 +1,93 @@
+"""What killed processes leave behind: finding it, and taking it away without touching what a living one uses.
+
+Each kind of leftover has one finder in FINDERS; the order is the order of removal, because a work directory
+may hold the mount of an export that died.
+"""
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from .. import mount
+from ..amplification.testbed import DEFAULT_WORK_DIR, PREFIX, clear_below, owner_is_alive
+
+__all__ = ["FINDERS", "Leftover", "find_leftovers"]
+
+
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """One thing that may be removed: what it is, in words, and how."""
+
+    description: str
+    remove: Callable[[], None]
+
+
+def find_leftovers() -> list[Leftover]:
+    """Return everything that no living process of blocksnap uses, in the order in which it can be removed."""
+    return [leftover for finder in FINDERS for leftover in finder()]
+
+
+def dead_exports() -> Iterator[Leftover]:
+    """Yield FUSE exports of blocksnap whose server is gone, with the loop devices and mounts above them."""
+    for entry in mount.mount_table():
+        if _is_export(entry) and _is_dead(entry.target):
+            yield Leftover(
+                f"FUSE export without a server at {entry.target}", partial(_end_export, entry.target)
+            )
+
+
+def _is_export(entry: mount.MountEntry) -> bool:
+    return entry.fstype.startswith("fuse") and "blocksnap" in (*entry.fstype.split("."), entry.source)
+
+
+def _is_dead(target: str) -> bool:
+    try:
+        os.statvfs(target)
+    except OSError as error:
+        return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
+    return False
+
+
+def _end_export(target: str) -> None:
+    for loop in mount.loop_devices():
+        if Path(loop.backing_path).is_relative_to(target):
+            for entry in reversed(mount.mount_table()):
+                if entry.source == loop.path:
+                    mount.unmount(entry.target, lazy=True)
+            loop.detach()
+    mount.unmount(target, lazy=True, abort=True)
+
+
+def dead_work_directories() -> Iterator[Leftover]:
+    """Yield the work directories of `compare` whose process is gone."""
+    for directory in sorted(_work_directories()):
+        if not owner_is_alive(directory):
+            yield Leftover(f"work directory of compare at {directory}", partial(_remove_directory, directory))
+
+
+def _work_directories() -> set[Path]:
+    """Find them by name where they are made by default, and by what is mounted or attached from elsewhere."""
+    found = {
+        path
+        for parent in {DEFAULT_WORK_DIR, Path(tempfile.gettempdir())}
+        for path in parent.glob(f"{PREFIX}*")
+    }
+    places = [entry.target for entry in mount.mount_table()] + [
+        loop.backing_path for loop in mount.loop_devices()
+    ]
+    for place in map(Path, places):
+        found |= {path for path in (place, *place.parents) if path.name.startswith(PREFIX)}
+    return {path for path in found if path.is_dir()}
+
+
+def _remove_directory(directory: Path) -> None:
+    clear_below(directory)
+    shutil.rmtree(directory)
+
+
+FINDERS: tuple[Callable[[], Iterator[Leftover]], ...] = (dead_exports, dead_work_directories)

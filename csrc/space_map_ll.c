@@ -17,8 +17,8 @@
 #include "error.h"
 
 #define QUEUED 1u	 /* pending entry is in the queue */
-#define WAS_FREE 2u	 /* its committed count is 0 */
-#define OVER_CHANGED 4u	 /* counted in nr_overflow_changes */
+#define OVER_CHANGED 2u /* counted in nr_overflow_changes */
+#define RELEASED 4u /* its count went to 0 in this transaction */
 #define EVEN_BITS 0x5555555555555555ull
 
 static const struct bm_validator bitmap_validator = {"bitmap", BITMAP_SALT, NULL};
@@ -147,10 +147,7 @@ static int pending_entry(struct ll *ll, uint64_t block, struct count_entry **ret
 		if (!e)
 			return bs_fail(-ENOMEM, "out of memory");
 		e->count = count;
-		if (count == 0) {
-			e->flags |= WAS_FREE;
-			ll->nr_taken++;
-		}
+		ll->nr_taken += count == 0;
 		touch(ll, block);
 	}
 	*ret = e;
@@ -177,7 +174,8 @@ static int ll_inc(struct space_map *sm, uint64_t block)
 		return bs_fail(-EUCLEAN, "%s block %" PRIu64 ": count overflows", ll->name, block);
 	if (e->count++ == 0) {
 		ll->nr_allocated++;
-		ll->nr_freed -= !(e->flags & WAS_FREE);
+		ll->nr_freed -= !!(e->flags & RELEASED);
+		e->flags &= ~RELEASED;
 	}
 	note_overflow(ll, e, e->count - 1);
 	return 0;
@@ -197,7 +195,8 @@ static int ll_dec(struct space_map *sm, uint64_t block, uint32_t *ret)
 	note_overflow(ll, e, e->count);
 	if (--e->count == 0) {
 		ll->nr_allocated--;
-		ll->nr_freed += !(e->flags & WAS_FREE);
+		ll->nr_freed++;
+		e->flags |= RELEASED;
 	}
 	*ret = e->count;
 	return 0;
@@ -604,7 +603,7 @@ int ll_freed_blocks(const struct ll *ll, uint64_t **ret_blocks, uint64_t *ret_nr
 	for (size_t i = 0; i < ll->pending.capacity && n < ll->nr_freed; i++) {
 		const struct count_entry *e = &ll->pending.slots[i];
 
-		if (e->block != COUNT_MAP_EMPTY && e->count == 0 && !(e->flags & WAS_FREE))
+		if (e->block != COUNT_MAP_EMPTY && e->flags & RELEASED)
 			blocks[n++] = e->block;
 	}
 	qsort(blocks, n, sizeof(*blocks), by_block);

@@ -48,7 +48,7 @@ struct ll {
 	uint64_t *queue; /* pending blocks that ll_flush has not seen in their present state */
 	size_t queue_nr, queue_capacity;
 	uint64_t nr_taken;   /* pending blocks that are free in the committed state */
-	uint64_t nr_freed;   /* pending blocks with count 0 that are not */
+	uint64_t nr_freed;   /* pending blocks whose count went to 0 */
 	uint64_t nr_touched; /* bitmaps with pending blocks: about what a commit will shadow */
 	unsigned char *touched;
 	uint64_t nr_overflow_changes;
@@ -92,7 +92,7 @@ bool ll_is_flushed(const struct ll *ll);
 /* The superblock with the flushed state is on disk: it is the committed one now. */
 int ll_committed(struct ll *ll);
 
-/* Blocks that were in use in the committed state and have count 0 now, ascending; the caller frees the array. */
+/* Blocks whose count went to 0 in this transaction, ascending; the caller frees the array. */
 int ll_freed_blocks(const struct ll *ll, uint64_t **ret_blocks, uint64_t *ret_nr);
 
 #endif

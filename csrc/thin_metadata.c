@@ -21,7 +21,8 @@
 #include "space_map_metadata.h"
 
 #define CACHE_BLOCKS 8192 /* 32 MiB */
-#define OPERATION_ROOM 64 /* metadata blocks that one change allocates at most */
+#define OPERATION_ROOM 36 /* metadata blocks that one change allocates at most */
+#define MAX_RESERVE 4096 /* blocks kept for changes that give space back, as the kernel does */
 
 struct thin_metadata {
 	struct io *io;
@@ -304,15 +305,13 @@ void thin_metadata_status(const struct thin_metadata *md, struct thin_metadata_s
 	};
 }
 
-int thin_metadata_room(const struct thin_metadata *md)
+int thin_metadata_room(const struct thin_metadata *md, bool releasing)
 {
 	const struct ll *ll = &md->metadata_sm.ll;
-	uint64_t reserve = ll->nr_blocks / 10 < 4096 ? ll->nr_blocks / 10 : 4096;
+	uint64_t reserve = ll->nr_blocks / 10 < MAX_RESERVE ? ll->nr_blocks / 10 : MAX_RESERVE;
 	uint64_t need = OPERATION_ROOM + ll_commit_cost(ll) + ll_commit_cost(&md->data_sm.ll);
 
-	if (need < reserve)
-		need = reserve;
-	if (ll_available(ll) < need)
+	if (ll_available(ll) < need + (releasing ? 0 : reserve))
 		return bs_fail(-ENOSPC, "the metadata device is full (%" PRIu64 " blocks): run pool extend with a larger one",
 			ll->nr_blocks);
 	return 0;
@@ -538,7 +537,7 @@ int thin_create(struct thin_metadata *md, uint32_t id)
 	int r = check_new_id(md, id);
 
 	if (r == 0)
-		r = thin_metadata_room(md);
+		r = thin_metadata_room(md, false);
 	if (r < 0)
 		return r;
 	md->changed = true;
@@ -584,11 +583,11 @@ int thin_create_snapshot(struct thin_metadata *md, uint32_t id, uint32_t origin)
 	int r = check_new_id(md, id);
 
 	if (r == 0)
-		r = thin_metadata_room(md);
+		r = thin_metadata_room(md, false);
 	if (r < 0)
 		return r;
 	if (md->time == MAX_TIME)
-		return bs_fail(-ENOSPC, "the pool has taken %u snapshots, the most that the format can count", MAX_TIME);
+		return bs_fail(-EOVERFLOW, "the pool has taken %u snapshots, the most that the format can count", MAX_TIME);
 	r = thin_device_get(md, origin, &device);
 	if (r < 0)
 		return r;
@@ -607,7 +606,7 @@ int thin_delete(struct thin_metadata *md, uint32_t id)
 	if (device->references > 1)
 		r = bs_fail(-EBUSY, "device %u is open", id);
 	if (r == 0)
-		r = thin_metadata_room(md);
+		r = thin_metadata_room(md, true);
 	if (r < 0) {
 		thin_device_put(md, device);
 		return r;

@@ -1,8 +1,8 @@
 /*
  * The metadata of a thin pool: devices, mappings and counts, changed in transactions.
  *
- * Not thread-safe: the engine serialises. After an error of a changing call (other than -EEXIST, -ENODATA, -EBUSY and
- * the refusals of thin_metadata_room) the transaction is broken: call thin_metadata_abort. Data must be flushed before
+ * Not thread-safe: the engine serialises. After an error of a changing call (other than -EEXIST, -ENODATA, -EBUSY,
+ * -EINVAL, -EOVERFLOW and what thin_metadata_room refuses beforehand) the transaction is broken: call thin_metadata_abort. Data must be flushed before
  * thin_metadata_commit.
  */
 #ifndef BS_THIN_METADATA_H
@@ -49,8 +49,9 @@ int thin_metadata_open(struct io *io, struct thin_metadata **ret);
 void thin_metadata_close(struct thin_metadata *md);
 
 void thin_metadata_status(const struct thin_metadata *md, struct thin_metadata_status *ret);
-/* -ENOSPC when the metadata device has no room for one more change and its commit. */
-int thin_metadata_room(const struct thin_metadata *md);
+/* -ENOSPC when the metadata device has no room for one more change and its commit. A reserve is kept for changes that
+ * only give space back (releasing). */
+int thin_metadata_room(const struct thin_metadata *md, bool releasing);
 /* ret: bytes written. */
 int thin_metadata_commit(struct thin_metadata *md, uint64_t *ret_bytes);
 /* Back to the committed state, needs_check set there. Devices stay valid, those that are not there any more are gone. */

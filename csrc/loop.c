@@ -348,9 +348,14 @@ int bs_loop_info(int number, struct bs_loop_info *ret)
 int bs_loop_refresh(int number)
 {
 	int fd = loop_open(number, false);
+	char path[4096];
+	struct stat st;
 
 	if (fd < 0)
 		return fd;
+	/* Kernels before 6.17 take the size from the inode that they have in memory: renew it. */
+	if (loop_attribute(number, "loop/backing_file", path, sizeof(path)) > 0)
+		stat(path, &st);
 	int r = 0;
 	if (ioctl(fd, LOOP_SET_CAPACITY) < 0)
 		r = errno == ENXIO ? bs_fail(-ENXIO, "/dev/loop%d is free", number)

@@ -25,7 +25,7 @@ from typing import BinaryIO, ClassVar, Self, cast
 
 from .. import archive, mount
 from ..errors import ArgumentError, BusyError, LayerExistsError, LayerNotFoundError, system_errors
-from .root import DriverRoot
+from .root import DriverRoot, Holder
 
 __all__ = ["Accounting", "Driver", "check_id"]
 
@@ -90,7 +90,7 @@ class Driver(ABC):
         """Return why this driver cannot run at root on this machine, None when it can."""
         return None
 
-    # ---- layers --------------------------------------------------------------------------------------------
+    # ---- layers ----------------------------------------------------------------------------------
 
     def create(self, id: str, parent: str | None = None) -> None:
         """Make a layer, empty or like its parent, to be filled by apply_diff and then to be a parent."""
@@ -145,7 +145,7 @@ class Driver(ABC):
     def children(self, id: str) -> list[str]:
         return [layer for layer in self.layers() if self.parent(layer) == id]
 
-    # ---- mounts --------------------------------------------------------------------------------------------
+    # ---- mounts ----------------------------------------------------------------------------------
 
     def get(self, id: str, mount_label: str = "", *, lasting: bool = False) -> Path:
         """Return the layer's root directory, mounted; each get wants its put.
@@ -180,6 +180,10 @@ class Driver(ABC):
         """Return who holds a layer mounted, in words."""
         return [str(holder) for holder in self._home.holders(check_id(id))]
 
+    def is_lasting(self, id: str) -> bool:
+        """Say whether a layer has a lasting reference."""
+        return Holder.lasting() in self._home.holders(check_id(id))
+
     def cleanup(self) -> None:
         """Unmount everything of this root, but what another living process holds."""
         with self._home.lock.hold(), system_errors(str(self.root)):
@@ -187,7 +191,7 @@ class Driver(ABC):
                 if not self._home.drop_references(id):
                     self._unmount(id)
 
-    # ---- questions -----------------------------------------------------------------------------------------
+    # ---- questions -------------------------------------------------------------------------------
 
     @abstractmethod
     def status(self) -> list[tuple[str, str]]:
@@ -201,7 +205,7 @@ class Driver(ABC):
     def accounting(self, id: str) -> Accounting:
         """Return what a layer cost so far."""
 
-    # ---- contents ------------------------------------------------------------------------------------------
+    # ---- contents --------------------------------------------------------------------------------
 
     def diff(self, id: str, parent: str | None = None) -> BinaryIO:
         """Return a layer's changes against a parent as an uncompressed tar, in a temporary file."""
@@ -238,14 +242,14 @@ class Driver(ABC):
                 f'layer "{id}" has the child "{children[0]}" and cannot change: apply to a new layer'
             )
         with self.mounted(id) as path:
-            return archive.apply_layer(stream, path, whiteouts="remove").size
+            return archive.apply_layer(stream, path, whiteouts="remove").bytes
 
     def sync(self) -> None:
         """Make all layers durable."""
         with system_errors(str(self.root)):
             mount.sync_filesystem(self.root)
 
-    # ---- hooks ---------------------------------------------------------------------------------------------
+    # ---- hooks -----------------------------------------------------------------------------------
 
     @abstractmethod
     def _create(self, id: str, parent: str | None, *, writable: bool) -> None: ...
@@ -259,7 +263,7 @@ class Driver(ABC):
     @abstractmethod
     def _unmount(self, id: str) -> None: ...
 
-    # ---- checks --------------------------------------------------------------------------------------------
+    # ---- checks ----------------------------------------------------------------------------------
 
     def _new(self, id: str, parent: str | None, *, writable: bool) -> None:
         with self._home.lock.hold(), system_errors(f"layer {id}"):
@@ -290,13 +294,11 @@ class Driver(ABC):
             raise BusyError(f'cannot {verb} layer "{id}": it is in use by {holders[0]}; unmount it first')
 
     @contextmanager
-    def _pair(self, id: str, parent: str | None) -> Iterator[tuple[Path, Path]]:
-        """The trees of a parent (an empty one for None) and of a layer."""
+    def _pair(self, id: str, parent: str | None) -> Iterator[tuple[Path | None, Path]]:
+        """Mount a parent, if there is one, and a layer."""
         if parent is None:
-            empty = self.root / "empty"
-            empty.mkdir(mode=0o755, exist_ok=True)
             with self.mounted(id) as new:
-                yield empty, new
+                yield None, new
             return
         with self.mounted(parent) as old, self.mounted(id) as new:
             yield old, new

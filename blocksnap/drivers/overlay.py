@@ -65,7 +65,7 @@ class OverlayDriver(Driver):
             )
         return None
 
-    # ---- questions -----------------------------------------------------------------------------------------
+    # ---- questions -------------------------------------------------------------------------------
 
     def exists(self, id: str) -> bool:
         return self._layers.exists(check_id(id))
@@ -109,7 +109,7 @@ class OverlayDriver(Driver):
         copied = sum(_copied_bytes(upper, path, lowers) for path in _copied_up(upper))
         return Accounting(copy_bytes=copied, allocated_bytes=allocated_bytes(upper))
 
-    # ---- layers --------------------------------------------------------------------------------------------
+    # ---- layers ----------------------------------------------------------------------------------
 
     def snapshot(self, id: str, origin: str) -> None:
         """Copy a layer's upper directory as it is now."""
@@ -178,7 +178,7 @@ class OverlayDriver(Driver):
             if not link.exists():
                 link.unlink()
 
-    # ---- mounts --------------------------------------------------------------------------------------------
+    # ---- mounts ----------------------------------------------------------------------------------
 
     def _mount(self, id: str, mount_label: str, *, read_only: bool, lasting: bool) -> Path:  # noqa: ARG002
         merged = self._merged(id)
@@ -212,7 +212,7 @@ class OverlayDriver(Driver):
         if mount.is_mounted(self._merged(id)):
             mount.unmount(self._merged(id))
 
-    # ---- names ---------------------------------------------------------------------------------------------
+    # ---- names -----------------------------------------------------------------------------------
 
     def _merged(self, id: str) -> Path:
         return self._layers.path / id / "merged"

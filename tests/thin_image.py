@@ -1,13 +1,15 @@
 """Write and damage metadata images: nodes shared between devices as the kernel shares them, exact counts.
 
-thin_restore gives every device a tree of its own; a pool with real snapshots shares nodes. Here a node with the same
-content is written once, so devices split at the same thin blocks share all leaves in which they do not differ.
+thin_restore gives every device a tree of its own; a pool with real snapshots shares nodes. Here a node with the
+same content is written once, so devices split at the same thin blocks share all leaves in which they do not
+differ.
 """
 
 import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -191,7 +193,7 @@ def _cuts(count: int, limit: int) -> Iterator[tuple[int, int]]:
     """Yield even parts of at most limit."""
     parts = max(1, -(-count // limit))
     edges = [count * i // parts for i in range(parts + 1)]
-    return zip(edges, edges[1:], strict=False)
+    return pairwise(edges)
 
 
 def _bitmap(counts: npt.NDArray[np.int64]) -> bytes:
@@ -257,7 +259,7 @@ def _devices(writer: _Writer, pool: Pool, leaf_fill: int) -> tuple[int, int]:
 def build(pool: Pool, *, metadata_blocks: int = 0, leaf_fill: int = 168) -> Image:
     """Return an image of the pool in which equal leaves are shared.
 
-    leaf_fill is how many mappings of the first device a leaf gets (84 to 168, so that a short tail still fits).
+    leaf_fill is how many mappings of the first device a leaf gets: 84 to 168, so that a short tail still fits.
     """
     writer = _Writer()
     writer.data_counts = np.zeros(pool.nr_data_blocks, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Generate pools with a plausible history of snapshots, as XML for thin_restore and as arrays for thin_image."""
+"""Generate pools with a plausible history of snapshots: XML for thin_restore, arrays for thin_image."""
 
 import subprocess
 from collections.abc import Iterator
@@ -44,7 +44,7 @@ class Pool:
 
 
 def _first_device(rng: np.random.Generator, mappings: int, longest_run: int, gaps: float) -> Device:
-    """Return a device of runs of up to longest_run blocks, scattered over the data device, with holes in between."""
+    """Return a device of runs of up to longest_run blocks, scattered over the data device, with holes between."""
     lengths = rng.integers(1, longest_run + 1, mappings)
     lengths = lengths[: int(np.searchsorted(np.cumsum(lengths), mappings)) + 1]
     lengths[-1:] -= lengths.sum() - mappings
@@ -124,9 +124,8 @@ def _device_lines(device: Device) -> Iterator[str]:
         if length == 1:
             yield f'    <single_mapping origin_block="{thin}" data_block="{data}" time="{time}"/>'
         else:
-            yield (
-                f'    <range_mapping origin_begin="{thin}" data_begin="{data}" length="{length}" time="{time}"/>'
-            )
+            place = f'origin_begin="{thin}" data_begin="{data}"'
+            yield f'    <range_mapping {place} length="{length}" time="{time}"/>'
     yield "  </device>"
 
 

@@ -8,7 +8,7 @@ legend.
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..units import format_size
 from .result import Comparison, Measurement
@@ -27,6 +27,14 @@ _DASHES: tuple[Any, ...] = (
     (0, (3, 3)),
 )
 _LABEL_HEIGHT = 0.058  # of the height of the axes: what one line of text needs
+
+
+class _Label(NamedTuple):
+    """The name of a line and the point, in data coordinates, that it belongs to."""
+
+    x: float
+    y: float
+    text: str
 
 
 def write_plots(comparison: Comparison, directory: Path) -> list[Path]:
@@ -60,28 +68,36 @@ def _draw(axes: "Axes", rows: Sequence[Measurement], workload: str) -> None:
     )
     files = [row for row in rows if not row.target.block_size]
     _set_axes(axes, rows, blocks)
-    labels: list[tuple[float, str]] = []
+    edge = axes.get_xlim()[1]
+    labels: list[_Label] = []
     for name in dict.fromkeys(row.target.driver for row in blocks):
         series = [row for row in blocks if row.target.driver == name]
-        sizes = [row.target.block_size or 0 for row in series]
-        values = [row.write_amplification or 0.0 for row in series]
-        axes.plot(sizes, values, color="black", linewidth=1.6, marker="o", markersize=5)
-        for size, value in zip(sizes, values, strict=True):
-            axes.annotate(
-                format_ratio(value),
-                (size, value),
-                xytext=(0, 7),
-                textcoords="offset points",
-                ha="center",
-                fontsize=8,
-            )
-        labels.append((values[-1], name))
+        labels.append(_draw_series(axes, name, series))
     for row, dash in zip(files, _cycle(len(files)), strict=True):
         value = row.write_amplification or 0.0
         axes.axhline(value, color="black", linewidth=1.2, linestyle=dash)
-        labels.append((value, f"{row.target.driver} {format_ratio(value)}"))
+        labels.append(_Label(edge, value, f"{row.target.driver} {format_ratio(value)}"))
     _write_labels(axes, labels)
     axes.set_title(f"Write amplification, workload {workload}", loc="left", fontsize=11)
+
+
+def _draw_series(axes: "Axes", name: str, series: Sequence[Measurement]) -> _Label:
+    """Draw one driver over its block sizes, each point with its figure."""
+    sizes = [row.target.block_size or 0 for row in series]
+    values = [row.write_amplification or 0.0 for row in series]
+    axes.plot(sizes, values, color="black", linewidth=1.6, marker="o", markersize=5, zorder=3)
+    for size, value in zip(sizes, values, strict=True):
+        axes.annotate(
+            format_ratio(value),
+            (size, value),
+            xytext=(0, 8),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+            zorder=4,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
+        )
+    return _Label(sizes[-1], values[-1], name)
 
 
 def _cycle(count: int) -> list[Any]:
@@ -110,18 +126,16 @@ def _set_axes(axes: "Axes", rows: Sequence[Measurement], blocks: Sequence[Measur
     axes.set_axisbelow(True)
 
 
-def _write_labels(axes: "Axes", labels: Sequence[tuple[float, str]]) -> None:
+def _write_labels(axes: "Axes", labels: Sequence[_Label]) -> None:
     """Name the lines at the right edge, in order of height, pushed apart where they would overlap."""
-    heights = axes.transAxes.inverted().transform(
-        axes.transData.transform([(1, value) for value, _ in labels])
-    )[:, 1]
-    wanted = sorted(zip(map(float, heights), (text for _, text in labels), strict=True))
-    for (true, text), placed in zip(wanted, _spread([height for height, _ in wanted]), strict=True):
+    ordered = sorted(labels, key=lambda label: label.y)
+    points = axes.transData.transform([(label.x, label.y) for label in ordered])
+    heights = [float(height) for height in axes.transAxes.inverted().transform(points)[:, 1]]
+    for label, height in zip(ordered, _spread(heights), strict=True):
         axes.annotate(
-            text,
-            (1.0, true),
-            xytext=(1.04, placed),
-            xycoords="axes fraction",
+            label.text,
+            (label.x, label.y),
+            xytext=(1.04, height),
             textcoords="axes fraction",
             va="center",
             fontsize=9,

@@ -43,6 +43,8 @@ _QUIET_TIMEOUT = 5.0
 class Testbed:
     """A root directory for one driver; on a loop device when there is one."""
 
+    __test__ = False  # nothing for pytest to collect
+
     def __init__(self, root: Path, loop: mount.LoopDevice | None) -> None:
         self.root = root
         self._loop = loop
@@ -167,9 +169,17 @@ def clear_below(directory: Path, timeout: float = 5.0) -> None:
     real = Path(os.path.realpath(directory))
     deadline = time.monotonic() + timeout
     for target in _mounts_below(real):
+        _detach_loops_below(Path(target), deadline)
         _unmount_patiently(target, deadline)
+    _detach_loops_below(real, deadline)
+
+
+def _detach_loops_below(directory: Path, deadline: float) -> None:
     for loop in mount.loop_devices():
-        if Path(loop.backing_path).is_relative_to(real):
+        if Path(loop.backing_path).is_relative_to(directory):
+            for entry in reversed(mount.mount_table()):
+                if entry.source == loop.path:
+                    _unmount_patiently(entry.target, deadline)
             loop.detach()
 
 

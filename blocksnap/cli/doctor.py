@@ -152,10 +152,10 @@ def as_dict(
 
 def _compiled_core() -> Part:
     try:
-        from .. import _blocksnap
+        from .. import _native
     except ImportError as error:
         return Part("compiled core", present=False, detail=str(error), get="pip install .")
-    return Part("compiled core", present=True, detail=Path(_blocksnap.__file__ or "").name, get="")
+    return Part("compiled core", present=True, detail=Path(_native.file).name, get="")
 
 
 def _root() -> Part:

@@ -1,0 +1,174 @@
+"""`blocksnap compare` as people run it: a process, its streams and its exit status."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from blocksnap import mount
+
+MAIN = [sys.executable, "-c", "from blocksnap.cli import main; main()"]
+SMALL = "touch-byte:large_file_bytes=1M,offset=0,small_files=5"
+
+needs_root = pytest.mark.skipif(
+    os.geteuid() != 0 or not os.access("/dev/loop-control", os.W_OK), reason="needs root and loop devices"
+)
+
+
+def run(*arguments: str | Path, status: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [*MAIN, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == status, done.stderr
+    return done
+
+
+def places_below(directory: Path) -> list[str]:
+    mounts = [entry.target for entry in mount.mount_table() if str(directory) in entry.target]
+    return mounts + [
+        loop.backing_path for loop in mount.loop_devices() if str(directory) in loop.backing_path
+    ]
+
+
+@needs_root
+def test_json_is_alone_on_stdout_and_has_the_fields_of_the_contract(tmp_path: Path) -> None:
+    done = run(
+        "compare", "--workload", SMALL, "--drivers", "overlay,volume", "--work-dir", tmp_path, "--json"
+    )
+    result = json.loads(done.stdout)
+    assert {"machine", "workload", "results"} <= result.keys()
+    assert [row["driver"] for row in result["results"]] == ["overlay", "volume"]
+    for row in result["results"]:
+        assert {
+            "driver",
+            "engine",
+            "block_size",
+            "application_bytes",
+            "filesystem_bytes",
+            "backing_bytes",
+            "copy_bytes",
+            "metadata_bytes",
+            "allocated_bytes",
+            "write_amplification",
+            "space_amplification",
+            "seconds",
+            "operations",
+            "latency",
+        } <= row.keys()
+        assert {"p50", "p99", "max"} <= row["latency"].keys()
+        assert row["write_amplification"] == row["backing_bytes"] / row["application_bytes"]
+
+
+@needs_root
+def test_table_and_verdict_go_to_stdout_and_the_files_to_out(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = run(
+        "compare", "--workload", SMALL, "--drivers", "overlay,vfs", "--work-dir", tmp_path, "--out", out
+    )
+    assert "overlay" in done.stdout
+    assert " wins: " in done.stdout
+    names = [
+        "report.html",
+        "results.csv",
+        "results.json",
+        "write-amplification.png",
+        "write-amplification.svg",
+    ]
+    assert sorted(path.name for path in out.iterdir()) == names
+    assert all(name in done.stderr for name in names)
+
+
+@needs_root
+def test_command_after_two_dashes_runs_in_the_container(tmp_path: Path) -> None:
+    command = ["sh", "-c", "test -s {root}/database.sqlite && head -c 4096 /dev/zero >> {root}/large-file"]
+    done = run("compare", "--drivers", "overlay", "--work-dir", tmp_path, "--json", "--", *command)
+    result = json.loads(done.stdout)
+    assert result["workload"]["command"] == command
+    assert result["results"][0]["application_bytes"] == 4096
+    assert result["results"][0]["copy_bytes"] == 64 << 20
+
+
+@needs_root
+def test_failing_command_is_told_and_ends_with_status_one(tmp_path: Path) -> None:
+    command = ["sh", "-c", "echo out of cheese >&2; exit 9"]
+    done = run("compare", "--drivers", "overlay", "--work-dir", tmp_path, "--", *command, status=1)
+    assert "overlay failed" in done.stdout
+    assert "ended with status 9: out of cheese" in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["compare", "--workload", "knitting"], 'no workload "knitting"'),
+        (["compare", "--workload", "patch:stride=0"], "at least 1"),
+        (["compare", "--drivers", "floppy"], 'no driver "floppy"'),
+        (["compare", "--drivers", ""], "nothing to compare"),
+        (["compare", "--block-sizes", "4Q"], "is not a size"),
+        (["compare", "--workload", "append", "--", "true"], "exclude each other"),
+        (["compare", "--no-such-option"], "No such option"),
+        (["no-such-verb"], "No such command"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_status_two(arguments: list[str], complaint: str) -> None:
+    done = run(*arguments, status=2)
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("blocksnap: ")
+    assert complaint in line
+
+
+def test_work_directory_that_cannot_be_is_one_line_and_status_one(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = run("compare", "--drivers", "vfs", "--work-dir", tmp_path / "file" / "below", status=1)
+    (line,) = done.stderr.splitlines()
+    assert line == f"blocksnap: {tmp_path}/file/below: Not a directory"
+
+
+def test_debug_shows_the_traceback_before_the_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    arguments = ["--debug", "compare", "--drivers", "vfs", "--work-dir", str(tmp_path / "file" / "below")]
+    lines = run(*arguments, status=1).stderr.splitlines()
+    assert lines[0].startswith("Traceback")
+    assert lines[-1].startswith("blocksnap: ")
+
+
+def test_no_verb_prints_help_and_is_wrong_usage() -> None:
+    assert "compare" in run(status=2).stdout
+    assert "compare" in run("--help").stdout
+
+
+def test_version_is_printed() -> None:
+    assert run("--version").stdout.startswith("blocksnap ")
+
+
+def test_closed_pipe_ends_quietly() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([*MAIN, "doctor"], stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert done.stderr == ""
+    assert done.returncode == 1
+
+
+@needs_root
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_it_leaves_nothing_behind(tmp_path: Path, number: int, status: int) -> None:
+    started = tmp_path / "started"
+    command = ["sh", "-c", f"touch {started}; sleep 1000"]
+    arguments = ["compare", "--drivers", "overlay", "--work-dir", str(tmp_path), "--", *command]
+    process = subprocess.Popen([*MAIN, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not started.exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    assert places_below(tmp_path) != []
+    process.send_signal(number)
+    out, complaint = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert (out, complaint) == ("", "")
+    assert places_below(tmp_path) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["started"]

@@ -1,0 +1,232 @@
+"""What people read of a comparison, from figures made up to be checked by hand."""
+
+import csv
+import io
+import json
+import re
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from blocksnap.amplification.plot import _LABEL_HEIGHT, _spread, write_plots
+from blocksnap.amplification.report import comparison_table, notes, write_csv, write_report
+from blocksnap.amplification.result import (
+    PARTS,
+    Comparison,
+    Latency,
+    Measurement,
+    Skipped,
+    Target,
+    latency_of,
+)
+from blocksnap.amplification.verdict import format_bytes, format_ratio, format_seconds, verdict
+
+MIB = 1 << 20
+
+
+def row(driver: str, amplification: float, block_size: int | None = None, *, copied: int = 0) -> Measurement:
+    return Measurement(
+        target=Target(driver, block_size),
+        engine="user" if block_size else None,
+        application_bytes=MIB,
+        changed_bytes=MIB,
+        changed_bytes_source="workload",
+        backing_bytes=int(amplification * MIB),
+        copy_bytes=copied,
+        allocated_bytes=2 * MIB,
+        allocated_bytes_source="driver",
+        write_amplification_source="loop device",
+        create_seconds=0.01,
+        seconds=1.5,
+        sync_seconds=0.1,
+        operations=100,
+        latency=Latency(0.05, 0.001, 0.002, 0.05),
+    )
+
+
+def comparison(*rows: Measurement, skipped: tuple[Skipped, ...] = ()) -> Comparison:
+    base = {
+        "layers": 2,
+        "database_bytes": 64 * MIB,
+        "large_file_bytes": 0,
+        "small_files": 4000,
+        "small_file_bytes": 4096,
+    }
+    workload = {
+        "name": "sqlite",
+        "summary": "random rows of a SQLite database are updated",
+        "parameters": {"transactions": 100},
+        "command": None,
+        "base_image": base,
+    }
+    machine = {"kernel": "6.1", "processor": "<fast & good>", "memory_bytes": 8 << 30, "system": None}
+    return Comparison(machine, workload, rows, skipped, 12.0)
+
+
+THIN = (
+    row("thin", 9, 4096),
+    row("thin", 5, 16384, copied=MIB),
+    row("thin", 12, 65536, copied=3 * MIB),
+    row("thin", 60, MIB, copied=40 * MIB),
+)
+OVERLAY = row("overlay", 20, copied=64 * MIB)
+VFS = replace(row("vfs", 40, copied=80 * MIB), create_seconds=0.5)
+VOLUME = row("volume", 2)
+PARTS_OF_THIN = {
+    "data": 3 * MIB,
+    "copied": 1 * MIB,
+    "zero_filled": 0,
+    "pool_metadata": MIB // 2,
+    "outside": MIB // 2,
+}
+
+
+def test_verdict_names_the_winner_with_its_block_size_and_all_figures() -> None:
+    text = verdict(comparison(*THIN, OVERLAY, VFS, VOLUME))
+    assert text.startswith("thin with 16K blocks wins: 5.00 bytes reach the disk")
+    assert "20.0 with overlay and 40.0 with vfs" in text
+    assert "a volume, without any copy-on-write, writes 2.00" in text
+    assert "1 MiB with thin with 16K blocks, 64 MiB with overlay and 80 MiB with vfs" in text
+
+
+def test_verdict_says_at_which_block_sizes_block_level_wins() -> None:
+    assert "writes less than overlay at 4K, 16K and 64K, more at 1M." in verdict(comparison(*THIN, OVERLAY))
+
+
+def test_verdict_says_when_the_file_level_driver_wins() -> None:
+    text = verdict(comparison(*THIN, row("overlay", 3), VOLUME))
+    assert text.startswith("overlay wins: 3.00")
+    assert "At no block size measured does block-level copy-on-write write less than overlay." in text
+
+
+def test_verdict_says_who_waits_when_the_container_is_created() -> None:
+    slow = replace(VFS, create_seconds=0.5, latency=Latency(0.002, 0.001, 0.002, 0.05))
+    text = verdict(comparison(OVERLAY, slow))
+    assert "50 ms with overlay and 2 ms with vfs (after 500 ms to create the container)" in text
+
+
+def test_baseline_never_wins() -> None:
+    assert verdict(comparison(OVERLAY, VOLUME)).startswith("overlay wins")
+    assert verdict(comparison(VOLUME)).startswith("Nobody wins")
+
+
+def test_verdict_of_drivers_without_figures_is_honest() -> None:
+    failed = Measurement(target=Target("overlay"), error="disk on fire")
+    assert verdict(comparison(failed)) == "Nobody wins: no driver has a write amplification here."
+
+
+def test_unknown_figures_are_null_in_json_and_never_left_out() -> None:
+    known, unknown = row("overlay", 3).as_dict(), Measurement(target=Target("vfs")).as_dict()
+    assert known.keys() == unknown.keys()
+    assert {name for name, value in unknown.items() if value is not None} == {"driver"}
+
+
+def test_amplifications_are_ratios_of_the_bytes() -> None:
+    measured = replace(row("overlay", 3), changed_bytes=MIB // 2)
+    assert measured.write_amplification == 3
+    assert measured.space_amplification == 4
+
+
+def test_counters_of_the_pool_stand_in_where_there_is_no_device() -> None:
+    parts = {name: value for name, value in PARTS_OF_THIN.items() if name != "outside"}
+    measured = replace(row("thin", 9, 4096), backing_bytes=None, parts=parts)
+    assert measured.write_amplification == 4.5
+    assert measured.as_dict()["backing_bytes"] is None
+
+
+def test_percentiles_are_nearest_rank_and_the_first_is_kept_apart() -> None:
+    latency = latency_of([9.0, *(float(n) for n in range(1, 100))])
+    assert latency is not None
+    assert (latency.first, latency.max) == (9.0, 99.0)
+    assert (latency.p50, latency.p99) == (49.0, 98.0)
+    assert latency_of([]) is None
+    assert latency_of([0.5]) == Latency(0.5, 0.5, 0.5, 0.5)
+
+
+def test_table_of_the_default_run_fits_into_eighty_columns() -> None:
+    output = io.StringIO()
+    Console(file=output, width=80).print(comparison_table(comparison(*THIN, OVERLAY, VFS, VOLUME)))
+    lines = output.getvalue().splitlines()
+    assert "…" not in output.getvalue()
+    assert len(lines) == 2 + 7
+    assert lines[2].split() == ["thin", "4K", "9.00", "9M", "0", "2M", "10ms", "50ms", "1ms", "2ms", "1.50s"]
+
+
+def test_notes_tell_of_failed_and_skipped_drivers() -> None:
+    failed = Measurement(target=Target("thin", 4096), error="pool on fire")
+    said = notes(comparison(OVERLAY, failed, skipped=(Skipped("aufs", "not in this kernel"),)))
+    assert said == ["thin 4K failed: pool on fire", "aufs skipped: not in this kernel"]
+
+
+def test_csv_has_a_line_a_row_with_nested_objects_flattened() -> None:
+    output = io.StringIO()
+    write_csv([replace(THIN[0], parts=PARTS_OF_THIN), OVERLAY], output)
+    lines = list(csv.DictReader(io.StringIO(output.getvalue())))
+    assert [line["driver"] for line in lines] == ["thin", "overlay"]
+    assert lines[0]["parts_copied"] == str(MIB)
+    assert lines[0]["latency_first"] == "0.05"
+    assert lines[1]["parts_copied"] == lines[1]["block_size"] == ""
+
+
+def test_report_writes_all_files_and_results_json_is_the_result(tmp_path: Path) -> None:
+    measured = comparison(*THIN, OVERLAY, VFS, VOLUME)
+    written = {path.name for path in write_report(measured, tmp_path / "new" / "out")}
+    assert written == {
+        "results.json",
+        "results.csv",
+        "write-amplification.png",
+        "write-amplification.svg",
+        "report.html",
+    }
+    stored = json.loads((tmp_path / "new" / "out" / "results.json").read_text())
+    assert stored == json.loads(json.dumps(measured.as_dict()))
+    assert stored["parts"] == PARTS
+
+
+def test_report_page_is_self_contained_and_escapes_what_it_shows(tmp_path: Path) -> None:
+    write_report(comparison(replace(THIN[0], parts=PARTS_OF_THIN), OVERLAY), tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    links = re.findall(r"(?:src|href)=[\"']?(?!#)([^\"'\s>]+)", page.replace("xlink:href", "href"))
+    assert links == []
+    assert "&lt;fast &amp; good&gt;" in page
+    assert page.count("<svg") == 1
+    assert "journal and metadata of the ext4 below the pool" in page
+    assert "10.0 %" not in page
+    assert "5.6 %" in page  # half a MiB outside of 9
+
+
+def test_plots_are_a_png_and_an_svg_that_names_every_line(tmp_path: Path) -> None:
+    png, svg = write_plots(comparison(*THIN, OVERLAY, VFS, VOLUME), tmp_path)
+    assert png.read_bytes().startswith(b"\x89PNG")
+    text = svg.read_text()
+    for name in ("thin", "overlay 20.0", "vfs 40.0", "volume 2.00", "16K", "1M"):
+        assert f">{name}<" in text
+
+
+def test_plot_of_nothing_is_no_file(tmp_path: Path) -> None:
+    assert write_plots(comparison(Measurement(target=Target("vfs"))), tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "heights", [[0.5, 0.5, 0.5], [0.0, 0.01, 0.99, 1.0], [0.2], [], [0.97, 0.98, 0.99, 1.0]]
+)
+def test_labels_of_near_lines_do_not_overlap(heights: list[float]) -> None:
+    placed = _spread(heights)
+    gaps = [upper - lower for lower, upper in pairwise(placed)]
+    assert all(gap >= _LABEL_HEIGHT - 1e-9 for gap in gaps)
+    assert all(height <= 1.0 for height in placed)
+
+
+def test_figures_are_written_as_people_say_them() -> None:
+    assert [format_ratio(value) for value in (0.5, 1.416, 17.31, 1240.4)] == ["0.50", "1.42", "17.3", "1,240"]
+    assert [format_bytes(value) for value in (1, 512, 65536, 64 * MIB)] == [
+        "1 byte",
+        "512 bytes",
+        "64 KiB",
+        "64 MiB",
+    ]
+    assert [format_seconds(value) for value in (0.00031, 0.085, 1.24)] == ["310 us", "85 ms", "1.24 s"]

@@ -326,11 +326,13 @@ void bs_export_stop(struct bs_export *ex)
 
 	if (!ex)
 		return;
-	/* While the threads still answer, so that an unused mount ends in order. Without privilege libfuse
-	 * does it below. */
-	if (is_connected(ex->session))
-		bs_umount(ex->mountpoint, MNT_DETACH | UMOUNT_NOFOLLOW);
+	/* An unused mount ends in order, while the threads still answer. */
+	bool gone = !is_connected(ex->session) || bs_umount(ex->mountpoint, UMOUNT_NOFOLLOW) == 0;
 	end_threads(ex);
+	/* Users of a busy one get errors from now on. */
+	if (!gone)
+		bs_umount(ex->mountpoint, MNT_FORCE | MNT_DETACH | UMOUNT_NOFOLLOW);
+	/* Does the rest, and without privilege all of it. */
 	fuse_session_unmount(ex->session);
 	fuse_session_destroy(ex->session);
 	/* A connection that somebody aborted looks unmounted to libfuse. */

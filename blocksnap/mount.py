@@ -7,19 +7,20 @@ above that device: what can wait for them runs in a child process.
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from ._native import check, encode, ffi, lib
-from .errors import ArgumentError, DeviceIOError
+from .errors import ArgumentError, BusyError, DeviceIOError
 
 __all__ = [
     "LoopDevice",
     "MountEntry",
     "backing_loops",
+    "end_dead_export",
     "filesystem_type",
     "frozen",
     "is_mounted",
@@ -267,3 +268,31 @@ def is_mounted(path: str | os.PathLike[str]) -> bool:
     """Whether something is mounted exactly at a path."""
     real = os.path.realpath(path)
     return any(entry.target == real for entry in mount_table())
+
+
+def end_dead_export(mountpoint: str | os.PathLike[str]) -> None:
+    """Take away what a FUSE server left that has ended: file systems on its files, loop devices, its mount.
+
+    Only for a server that is gone: a living one would be cut off. Nothing here waits for its answer.
+    """
+    # Resolving the mount point itself would ask the server.
+    parent, name = os.path.split(os.path.abspath(mountpoint))
+    target = os.path.join(os.path.realpath(parent), name)
+    # Fails all requests first: a server that was killed may hang in one of its own, and others wait for it.
+    with suppress(BusyError, ArgumentError):
+        unmount(target, abort=True)
+    for loop in loop_devices():
+        if loop.backing_path.startswith(target + "/"):
+            _end_loop(loop)
+    with suppress(ArgumentError):
+        unmount(target, lazy=True)
+
+
+def _end_loop(loop: LoopDevice) -> None:
+    """Unmount everything that is mounted from a loop device, and detach it."""
+    for entry in reversed(mount_table()):
+        if loop.path == entry.source or entry.device == f"7:{loop.number}":
+            with suppress(ArgumentError):
+                thaw(entry.target)
+            unmount(entry.target, lazy=True)
+    loop.detach()

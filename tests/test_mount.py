@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -179,3 +180,66 @@ def test_autoclear_lasts_until_unmounted(tmp_path: Path) -> None:
     while loop.is_attached() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not loop.is_attached()
+
+
+SERVER = """
+import sys
+from blocksnap._native import check, encode, ffi, lib
+
+directory = sys.argv[1]
+names = [encode(f"{directory}/{name}") for name in ("metadata", "data", "export")]
+pool, device, export = (ffi.new(f"struct bs_{kind} **") for kind in ("pool", "device", "export"))
+for name in names[:2]:
+    with open(name, "wb") as file:
+        file.truncate(64 << 20)
+check(lib.bs_pool_format(names[0], names[1], 64 << 20, 65536))
+check(lib.bs_pool_open(names[0], names[1], 0, pool))
+check(lib.bs_pool_create_device(pool[0], 1))
+check(lib.bs_device_open(pool[0], 1, 32 << 20, device))
+check(lib.bs_export_start(names[2], 2, 0, export))
+check(lib.bs_export_add(export[0], b"volume", device[0]))
+print("ready", flush=True)
+sys.stdin.read()
+lib.bs_export_stop(export[0])
+lib.bs_device_close(device[0])
+check(lib.bs_pool_close(pool[0]))
+"""
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that exports one device of 32 MiB as tmp_path/export/volume until its stdin ends."""
+    if not os.access("/dev/fuse", os.W_OK):
+        pytest.skip("needs /dev/fuse")
+    (tmp_path / "export").mkdir()
+    command = [sys.executable, "-c", SERVER, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        yield process
+
+
+def test_ended_server_leaves_no_mount(server: subprocess.Popen[str], tmp_path: Path) -> None:
+    assert mount.is_mounted(tmp_path / "export")
+    assert (tmp_path / "export" / "volume").stat().st_size == 32 << 20
+    server.communicate()
+    assert server.returncode == 0
+    assert not mount.is_mounted(tmp_path / "export")
+
+
+def test_all_that_a_killed_server_left_goes_away(server: subprocess.Popen[str], tmp_path: Path) -> None:
+    target = tmp_path / "mnt"
+    target.mkdir()
+    loop = mount.LoopDevice.attach(tmp_path / "export" / "volume", direct_io=True)
+    subprocess.run(["mkfs.ext4", "-q", loop.path], check=True)
+    mount.mount(loop.path, target)
+    (target / "file").write_bytes(bytes(8 << 20))
+    server.kill()
+    server.wait()
+    with pytest.raises(OSError, match="not connected"):
+        os.stat(tmp_path / "export")
+    assert [found.number for found in mount.backing_loops(tmp_path / "export" / "volume")] == [loop.number]
+    mount.end_dead_export(tmp_path / "export")
+    assert not loop.is_attached()
+    assert not mount.is_mounted(target)
+    assert not mount.is_mounted(tmp_path / "export")

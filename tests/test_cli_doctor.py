@@ -13,7 +13,7 @@ import pytest
 
 from blocksnap import mount
 from blocksnap.cli.doctor import ABILITIES, Part, as_dict, examine, missing_for, remove_all
-from blocksnap.cli.leftovers import Leftover, dead_work_directories
+from blocksnap.cli.leftovers import Leftover, dead_exports, dead_work_directories
 
 MAIN = [sys.executable, "-c", "from blocksnap.cli import main; main()"]
 
@@ -122,3 +122,47 @@ def test_killed_comparison_is_found_and_cleared_away_and_a_living_one_is_not(tmp
     assert remove_all([leftover]) == []
     assert places_below(tmp_path) == []
     assert [path.name for path in tmp_path.iterdir()] == ["started"]
+
+
+@needs_root
+@pytest.mark.skipif(not os.access("/dev/fuse", os.W_OK), reason="needs /dev/fuse")
+def test_export_without_a_server_is_found_and_taken_down_with_what_is_mounted_on_it(tmp_path: Path) -> None:
+    server = subprocess.Popen(
+        [sys.executable, "-c", _SERVER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert server.stdout is not None
+    assert server.stdout.readline() == "mounted\n", "the server did not start"
+    assert exports_below(tmp_path) == []
+    server.kill()
+    server.wait()
+    assert len(places_below(tmp_path)) == 3
+    (leftover,) = exports_below(tmp_path)
+    assert remove_all([leftover]) == []
+    assert places_below(tmp_path) == []
+
+
+def exports_below(directory: Path) -> list[Leftover]:
+    return [found for found in dead_exports() if str(directory) in found.description]
+
+
+_SERVER = """
+import subprocess, sys, time
+from pathlib import Path
+from blocksnap import Pool, mount
+from blocksnap._native import check, ffi, lib
+
+root = Path(sys.argv[1])
+(root / "export").mkdir()
+(root / "mounted").mkdir()
+device = Pool.create(root / "pool", size="64M").create_device("d", size="32M").hold()
+export = ffi.new("struct bs_export **")
+check(lib.bs_export_start(str(root / "export").encode(), 2, 1, export))
+with device.handle() as pointer:
+    check(lib.bs_export_add(export[0], b"d", pointer))
+loop = mount.LoopDevice.attach(root / "export" / "d")
+subprocess.run(["/usr/sbin/mkfs.ext4", "-q", loop.path], check=True)
+mount.mount(loop.path, root / "mounted", "ext4")
+(root / "mounted" / "dirty").write_bytes(bytes(100000))
+print("mounted", flush=True)
+time.sleep(1000)
+"""

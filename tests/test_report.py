@@ -89,7 +89,7 @@ def test_verdict_names_the_winner_with_its_block_size_and_all_figures() -> None:
     assert text.startswith("thin with 16K blocks wins: 5.00 bytes reach the disk")
     assert "20.0 with overlay and 40.0 with vfs" in text
     assert "a volume, without any copy-on-write, writes 2.00" in text
-    assert "1 MiB with thin with 16K blocks, 64 MiB with overlay and 80 MiB with vfs" in text
+    assert "1 MiB by thin with 16K blocks, 64 MiB by overlay and 80 MiB by vfs" in text
 
 
 def test_verdict_says_at_which_block_sizes_block_level_wins() -> None:
@@ -105,7 +105,7 @@ def test_verdict_says_when_the_file_level_driver_wins() -> None:
 def test_verdict_says_who_waits_when_the_container_is_created() -> None:
     slow = replace(VFS, create_seconds=0.5, latency=Latency(0.002, 0.001, 0.002, 0.05))
     text = verdict(comparison(OVERLAY, slow))
-    assert "50 ms with overlay and 2 ms with vfs (after 500 ms to create the container)" in text
+    assert "50 ms on overlay and 2 ms on vfs (after 500 ms to create the container)" in text
 
 
 def test_baseline_never_wins() -> None:

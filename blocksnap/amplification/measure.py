@@ -30,7 +30,7 @@ __all__ = ["DEFAULT_BLOCK_SIZES", "DEFAULT_DRIVERS", "compare", "targets_for"]
 DEFAULT_DRIVERS = ("thin", "overlay", "vfs", BASELINE)
 DEFAULT_BLOCK_SIZES = (4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20)
 
-_GIB = 1 << 30
+_MIB = 1 << 20
 _CONTAINER = "container"
 
 Progress = Callable[[Target, str], None]
@@ -127,9 +127,9 @@ class _Run:
         check_space(self.directory, 4 * total)
         self._step("file system")
         name = self.target.label.replace(" ", "-")
-        size = max(2 * _GIB, 8 * total)
+        size = max(2048 * _MIB, 8 * total)
         testbed = open_testbed(self.directory, name, size, on_loop=_may_use_loop(), keep=self.keep)
-        with testbed as bed, self._open_driver(bed, size // 2) as driver:
+        with testbed as bed, self._open_driver(bed, 3 * total + 256 * _MIB) as driver:
             self._step("base image")
             parent = self._prepare(driver)
             return self._window(bed, driver, parent)

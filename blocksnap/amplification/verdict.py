@@ -41,7 +41,7 @@ def verdict(comparison: Comparison) -> str:
     sentences = [
         _winner_sentence(rows, comparison),
         _block_size_sentence(rows),
-        _first_write_sentence(comparison),
+        _first_write_sentence(rows, comparison),
     ]
     return " ".join(filter(None, sentences))
 
@@ -83,7 +83,7 @@ def _copies_sentence(rows: Sequence[Measurement]) -> str:
     if not any(row.copy_bytes for row in known):
         return ""
     copies = [
-        f"{format_bytes(row.copy_bytes)} with {_name(row)}" for row in known if row.copy_bytes is not None
+        f"{format_bytes(row.copy_bytes)} by {_name(row)}" for row in known if row.copy_bytes is not None
     ]
     return f" Copied only for copy-on-write: {_join(copies)}."
 
@@ -116,15 +116,14 @@ def _block_size_sentence(rows: Sequence[Measurement]) -> str:
     return f"{less} at {_join(map(format_size, better))}, more at {_join(map(format_size, worse))}."
 
 
-def _first_write_sentence(comparison: Comparison) -> str:
+def _first_write_sentence(ordered: Sequence[Measurement], comparison: Comparison) -> str:
     """Say how long the first write waits; a driver that copies when the container is made waits there."""
-    rows = [row for row in _best_of_each_driver(comparison.measured) if row.latency is not None]
+    baseline = [row for row in comparison.measured if row.target.driver == BASELINE]
+    rows = [row for row in [*_best_of_each_driver(ordered), *baseline] if row.latency is not None]
     if len(rows) < 2:
         return ""
     waits = [
-        f"{format_seconds(row.latency.first)} with {_name(row)}" + _creation(row)
-        for row in rows
-        if row.latency
+        f"{format_seconds(row.latency.first)} on {_name(row)}" + _creation(row) for row in rows if row.latency
     ]
     return f"The first operation takes {_join(waits)}."
 

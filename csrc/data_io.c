@@ -136,18 +136,11 @@ static int64_t write_piece(
 	return r < 0 ? r : (int64_t)n;
 }
 
-int data_write(struct bs_pool *pool, uint64_t offset, const void *buffer, uint64_t length)
+/* Any alignment, by pieces. */
+static int write_pieces(struct bs_pool *pool, uint64_t offset, const char *from, uint64_t length)
 {
-	const char *from = buffer;
-
-	atomic_store_explicit(&pool->data_dirty, true, memory_order_relaxed);
-	if (pool->data_io->alignment == 1) {
-		int r = io_write(pool->data_io, offset, buffer, length);
-
-		atomic_store(&pool->data_dirty, true);
-		return r;
-	}
 	CHUNK_AUTO chunk = {NULL};
+
 	while (length) {
 		int64_t n = write_piece(pool, &chunk, offset, from, length);
 
@@ -157,8 +150,18 @@ int data_write(struct bs_pool *pool, uint64_t offset, const void *buffer, uint64
 		offset += n;
 		length -= n;
 	}
-	atomic_store(&pool->data_dirty, true);
 	return 0;
+}
+
+int data_write(struct bs_pool *pool, uint64_t offset, const void *buffer, uint64_t length)
+{
+	int r = pool->data_io->alignment == 1 ? io_write(pool->data_io, offset, buffer, length)
+					      : write_pieces(pool, offset, buffer, length);
+
+	/* After the write: a flush that clears the mark from here on covers it. Mostly it is set, and a look is cheap. */
+	if (!atomic_load(&pool->data_dirty))
+		atomic_store(&pool->data_dirty, true);
+	return r;
 }
 
 int data_zero(struct bs_pool *pool, uint64_t offset, uint64_t length)

@@ -9,25 +9,34 @@
 
 static _Thread_local char message[1024];
 
-int bs_fail(int err, const char *format, ...)
+/* The arguments may point into the present message. */
+static size_t format_message(const char *format, va_list args)
 {
-	va_list args;
+	char text[sizeof(message)];
+	int used = vsnprintf(text, sizeof(text), format, args);
 
-	va_start(args, format);
-	vsnprintf(message, sizeof(message), format, args);
-	va_end(args);
-	return err;
+	memcpy(message, text, sizeof(message));
+	return used < 0 ? 0 : (size_t)used;
 }
 
-int bs_fail_errno(const char *format, ...)
+void bs_set_error(const char *format, ...)
 {
-	int err = errno ? errno : EIO;
 	va_list args;
 
 	va_start(args, format);
-	int used = vsnprintf(message, sizeof(message), format, args);
+	format_message(format, args);
 	va_end(args);
-	if (used >= 0 && (size_t)used < sizeof(message))
+}
+
+int bs_set_error_errno(const char *format, ...)
+{
+	int err = errno > 0 ? errno : EIO;
+	va_list args;
+
+	va_start(args, format);
+	size_t used = format_message(format, args);
+	va_end(args);
+	if (used < sizeof(message))
 		snprintf(message + used, sizeof(message) - used, ": %s", strerror(err));
 	return -err;
 }

@@ -49,7 +49,17 @@ static int iov_advance(struct iovec *iov, int count, size_t done)
 	return count - first;
 }
 
-static int file_transfer(struct io *io, uint64_t offset, const struct iovec *iov, int count, bool writing)
+/* One buffer, the common case, spares the kernel the import of a vector. */
+static ssize_t transfer_once(int fd, uint64_t offset, const struct iovec *iov, int count, bool writing)
+{
+	if (count == 1)
+		return writing ? pwrite(fd, iov->iov_base, iov->iov_len, offset)
+			       : pread(fd, iov->iov_base, iov->iov_len, offset);
+	return writing ? pwritev(fd, iov, count, offset) : preadv(fd, iov, count, offset);
+}
+
+/* Go on after a short transfer, which has done the first n bytes (0: none, or it was interrupted). */
+static int transfer_rest(struct io *io, uint64_t offset, const struct iovec *iov, int count, size_t n, bool writing)
 {
 	struct io_file *f = to_file(io);
 	struct iovec rest[MAX_IOV];
@@ -57,20 +67,31 @@ static int file_transfer(struct io *io, uint64_t offset, const struct iovec *iov
 	if (count > MAX_IOV)
 		return bs_fail(-EINVAL, "%s: %d buffers in one transfer", f->path, count);
 	memcpy(rest, iov, count * sizeof(*iov));
-	while (count > 0) {
-		ssize_t n = writing ? pwritev(f->fd, rest, count, offset) : preadv(f->fd, rest, count, offset);
-
-		if (n < 0 && errno == EINTR)
-			continue;
-		if (n < 0)
-			return bs_fail_errno("%s: %s at byte %" PRIu64, f->path, writing ? "write" : "read", offset);
-		if (n == 0)
-			return bs_fail(-EIO, "%s: %s at byte %" PRIu64 " is beyond the end of the file", f->path,
-				writing ? "write" : "read", offset);
+	for (;;) {
 		offset += n;
 		count = iov_advance(rest, count, n);
+		if (count == 0)
+			return 0;
+		ssize_t r = transfer_once(f->fd, offset, rest, count, writing);
+		if (r == 0)
+			return bs_fail(-EIO, "%s: %s at byte %" PRIu64 " is beyond the end of the file", f->path,
+				writing ? "write" : "read", offset);
+		if (r < 0 && errno != EINTR)
+			return bs_fail_errno("%s: %s at byte %" PRIu64, f->path, writing ? "write" : "read", offset);
+		n = r < 0 ? 0 : r;
 	}
-	return 0;
+}
+
+static int file_transfer(struct io *io, uint64_t offset, const struct iovec *iov, int count, bool writing)
+{
+	struct io_file *f = to_file(io);
+	ssize_t n = transfer_once(f->fd, offset, iov, count, writing);
+
+	if (n < 0 && errno != EINTR)
+		return bs_fail_errno("%s: %s at byte %" PRIu64, f->path, writing ? "write" : "read", offset);
+	if (count == 1 && n == (ssize_t)iov->iov_len)
+		return 0;
+	return transfer_rest(io, offset, iov, count, n < 0 ? 0 : n, writing);
 }
 
 static int file_readv(struct io *io, uint64_t offset, const struct iovec *iov, int count)

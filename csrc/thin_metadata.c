@@ -650,8 +650,8 @@ int thin_lookup(struct thin_metadata *md, struct thin_device *device, uint64_t b
 {
 	struct le64 packed;
 	uint32_t count;
+	bm_trim(md->bm);
 	int r = btree_lookup_shared(&md->mappings, device->root, block, &packed, ret_shared);
-
 	if (r <= 0)
 		return r;
 	*ret = le64_get(packed);
@@ -671,8 +671,8 @@ int thin_lookup(struct thin_metadata *md, struct thin_device *device, uint64_t b
 int thin_scan(struct thin_metadata *md, struct thin_device *device, uint64_t begin, uint64_t last, uint64_t *ret_blocks,
 	uint64_t *ret_packed, int capacity)
 {
+	bm_trim(md->bm);
 	int n = btree_scan(&md->mappings, device->root, begin, last, ret_blocks, ret_packed, capacity);
-
 	for (int i = 0; i < n; i++) {
 		ret_packed[i] = le64toh(ret_packed[i]);
 		if (mapping_block(ret_packed[i]) >= md->data_sm.ll.nr_blocks)

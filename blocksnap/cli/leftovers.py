@@ -37,7 +37,8 @@ def dead_exports() -> Iterator[Leftover]:
     for entry in mount.mount_table():
         if _is_export(entry) and _is_dead(entry.target):
             yield Leftover(
-                f"FUSE export without a server at {entry.target}", partial(_end_export, entry.target)
+                f"FUSE export without a server at {entry.target}",
+                partial(mount.end_dead_export, entry.target),
             )
 
 
@@ -51,16 +52,6 @@ def _is_dead(target: str) -> bool:
     except OSError as error:
         return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
     return False
-
-
-def _end_export(target: str) -> None:
-    for loop in mount.loop_devices():
-        if Path(loop.backing_path).is_relative_to(target):
-            for entry in reversed(mount.mount_table()):
-                if entry.source == loop.path:
-                    mount.unmount(entry.target, lazy=True)
-            loop.detach()
-    mount.unmount(target, lazy=True, abort=True)
 
 
 def dead_work_directories() -> Iterator[Leftover]:

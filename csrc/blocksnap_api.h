@@ -195,9 +195,9 @@ struct bs_export;
 int bs_export_start(const char *mountpoint, int threads, int allow_other, struct bs_export **ret);
 /* name: one path component. The export uses the handle until removed; the caller closes it afterwards. */
 int bs_export_add(struct bs_export *export_, const char *name, struct bs_device *device);
-/* -EBUSY while the file is open. */
+/* -EBUSY while the file is open; a close that is under way is waited for. */
 int bs_export_remove(struct bs_export *export_, const char *name);
-/* Unmount (lazily when busy), end the threads, free the handle. */
+/* Unmount, end the threads, free the handle. Whoever still uses a file gets errors from then on. */
 void bs_export_stop(struct bs_export *export_);
 
 /* ---- opening below a directory (confined.c) ------------------------------------------------------------------- */

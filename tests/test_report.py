@@ -161,6 +161,12 @@ def test_notes_tell_of_failed_and_skipped_drivers() -> None:
     assert said == ["thin 4K failed: pool on fire", "aufs skipped: not in this kernel"]
 
 
+def test_notes_warn_when_the_application_did_not_write_the_same_everywhere() -> None:
+    more = replace(OVERLAY, application_bytes=2 * MIB)
+    (said,) = notes(comparison(VFS, more))
+    assert said.startswith("The application wrote 1 MiB to 2 MiB, not the same on every driver")
+
+
 def test_csv_has_a_line_a_row_with_nested_objects_flattened() -> None:
     output = io.StringIO()
     write_csv([replace(THIN[0], parts=PARTS_OF_THIN), OVERLAY], output)

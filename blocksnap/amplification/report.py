@@ -109,9 +109,17 @@ def comparison_table(comparison: Comparison) -> Table:
 
 
 def notes(comparison: Comparison) -> list[str]:
-    """Return a sentence for each driver that failed or was left out."""
-    failed = [f"{row.label} failed: {row.error}" for row in comparison.results if row.error]
-    return failed + [f"{skipped.driver} skipped: {skipped.reason}" for skipped in comparison.skipped]
+    """Return a sentence for each driver that failed or was left out, and for figures that mislead."""
+    said = [f"{row.label} failed: {row.error}" for row in comparison.results if row.error]
+    said += [f"{skipped.driver} skipped: {skipped.reason}" for skipped in comparison.skipped]
+    written = [row.application_bytes for row in comparison.results if row.application_bytes]
+    if written and max(written) > 1.05 * min(written):
+        least, most = format_bytes(min(written)), format_bytes(max(written))
+        said.append(
+            f"The application wrote {least} to {most}, not the same on every driver "
+            '(overlay counts copy_file_range twice): compare "to disk" too.'
+        )
+    return said
 
 
 def write_report(comparison: Comparison, directory: Path) -> list[Path]:
@@ -166,5 +174,6 @@ def _render(comparison: Comparison, svg: str) -> str:
         bytes=lambda value: _NOT_KNOWN if value is None else format_bytes(value),
         percent=lambda part, whole: f"{100 * part / whole:.1f} %" if whole else _NOT_KNOWN,
         seconds=format_seconds,
+        notes=notes(comparison),
         when=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
     )

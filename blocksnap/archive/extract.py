@@ -1,5 +1,6 @@
 """Applying a layer to a directory: nothing in a layer is trusted, the kernel keeps it all below the root."""
 
+import errno
 import os
 import stat
 from collections.abc import Callable, Iterable
@@ -62,15 +63,25 @@ def apply_layer(
     """
     limits = limits or Limits()
     tar = TarStream(stream, limits.max_bytes)
+    try:
+        with Root.open(root) as confined:
+            return _apply_all(_Extraction(confined, tar, whiteouts), tar, limits, progress)
+    except UnsafeLayerError:
+        with suppress(UnsafeLayerError):
+            tar.drain()  # the end of a verified stream tells a layer damaged on its way from an evil one
+        raise
+
+
+def _apply_all(
+    extraction: "_Extraction", tar: TarStream, limits: Limits, progress: Callable[[int], None] | None
+) -> LayerStats:
     entries = stored = 0
-    with Root.open(root) as confined:
-        extraction = _Extraction(confined, tar, whiteouts)
-        for entry in read_entries(tar, limits.max_entries):
-            extraction.apply(entry)
-            entries, stored = entries + 1, stored + entry.stored
-            if progress is not None:
-                progress(tar.position)
-        extraction.finish()
+    for entry in read_entries(tar, limits.max_entries):
+        extraction.apply(entry)
+        entries, stored = entries + 1, stored + entry.stored
+        if progress is not None:
+            progress(tar.position)
+    extraction.finish()
     return LayerStats(entries, stored)
 
 
@@ -295,25 +306,30 @@ class _Extraction:
             self._directories.remember(base, identity(status), status)
             for visit in walk(descriptor, loosen=True):
                 if visit.is_directory and not visit.leaving:
-                    self._directories.remember((*base, *visit.parts), identity(visit.status), visit.status)
                     continue
-                self._remove(
+                gone = self._remove(
                     visit.directory, visit.directory_identity, visit.name, visit.status, keep_made=keep_made
                 )
+                if not gone and visit.leaving:
+                    self._directories.remember((*base, *visit.parts), identity(visit.status), visit.status)
 
     def _remove(
         self, directory: int, where: Identity, name: str, status: os.stat_result, *, keep_made: bool
-    ) -> None:
+    ) -> bool:
+        """Remove one name unless this layer made it, or put something into it."""
         if keep_made and (where, name) in self._made:
-            return
+            return False
         self._made.discard((where, name))
         if not stat.S_ISDIR(status.st_mode):
             os.unlink(name, dir_fd=directory)
-            return
-        with (
-            suppress(OSError) if keep_made else named(shown(name))
-        ):  # ENOTEMPTY: this layer put something into it
+            return True
+        try:
             os.rmdir(name, dir_fd=directory)
+        except OSError as error:
+            if keep_made and error.errno == errno.ENOTEMPTY:
+                return False
+            raise
+        return True
 
 
 def _write_all(descriptor: int, pieces: Iterable[bytes]) -> None:

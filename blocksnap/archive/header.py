@@ -14,7 +14,7 @@ from ..errors import UnsafeLayerError
 from .names import shown
 from .pax import Records, parse_records, parse_seconds
 from .sparse import SparseMap, old_gnu_map, pax_map
-from .stream import BLOCK, TarStream
+from .stream import TarStream
 
 __all__ = ["Entry", "Kind", "read_entries"]
 
@@ -74,7 +74,9 @@ class Entry:
 def read_entries(stream: TarStream, max_entries: int) -> Iterator[Entry]:
     """Yield the entries of a tar; the caller takes or skips the payload of each before the next.
 
-    The stream is read to its end. Raises UnsafeLayerError for anything that is not a whole, sound archive.
+    The stream is read to its end. An end mark is not asked for, since builders exist that write none (umoci
+    insert): that nothing is missing behind the last entry is for digests to tell. Raises UnsafeLayerError
+    for anything that is not a whole, sound archive.
     """
     count = 0
     while (entry := _next_entry(stream)) is not None:
@@ -89,15 +91,17 @@ def read_entries(stream: TarStream, max_entries: int) -> Iterator[Entry]:
 
 
 def _skip_payload(stream: TarStream, entry: Entry) -> None:
-    end = entry.offset + entry.stored + -entry.stored % BLOCK
-    stream.skip(end - stream.position, shown(entry.name))
+    stream.skip(entry.offset + entry.stored - stream.position, shown(entry.name))
+    stream.skip_padding()
 
 
 def _next_entry(stream: TarStream) -> Entry | None:
     extensions = _Extensions()
     for _ in range(MAX_EXTENSIONS):
-        block = stream.read(BLOCK, "a header or in front of its end mark")
-        if block == bytes(BLOCK):
+        block = stream.read_block("a header")
+        if not block and not stream.position:
+            raise UnsafeLayerError("the archive is empty: not even an end mark is there")
+        if not block.strip(b"\0"):
             extensions.expect_none()
             return None
         header = _parse(block)
@@ -160,7 +164,7 @@ def _payload(header: tarfile.TarInfo, stream: TarStream) -> bytes:
             f"an extension header of {header.size} bytes; at most {MAX_EXTENSION} are taken"
         )
     data = stream.read(header.size, "an extension header")
-    stream.skip(-header.size % BLOCK, "an extension header")
+    stream.skip_padding()
     return data
 
 

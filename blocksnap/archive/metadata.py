@@ -4,6 +4,7 @@ import errno
 import os
 import stat
 
+from ..errors import NotSupportedError, UnsafeLayerError
 from .confined import descriptor_path, open_entry
 
 __all__ = ["belongs_to_image", "read_xattrs", "set_mode", "set_owner", "set_times", "set_xattrs"]
@@ -41,10 +42,10 @@ def read_xattrs(directory: int, name: str) -> dict[str, bytes]:
 def set_xattrs(directory: int, name: str, mode: int, xattrs: dict[str, bytes]) -> None:
     """Make the image's extended attributes of a name exactly these.
 
-    The kernel keeps user.* only on files and directories; elsewhere they are left out. Call it after
+    What the kernel does not keep on this kind of file is left out. Call it after
     set_owner, which drops capabilities.
     """
-    wanted = {key: value for key, value in xattrs.items() if _possible(key, mode)}
+    wanted = {key: value for key, value in xattrs.items() if belongs_to_image(key) and _possible(key, mode)}
     path = descriptor_path(directory, name)
     for xattr in read_xattrs(directory, name) if stat.S_ISDIR(mode) else ():
         if xattr not in wanted:
@@ -52,15 +53,26 @@ def set_xattrs(directory: int, name: str, mode: int, xattrs: dict[str, bytes]) -
     for xattr, value in wanted.items():
         try:
             os.setxattr(path, xattr, value, follow_symlinks=not name)
-        except PermissionError:
-            if not (xattr == "security.capability" and _ordinary_user()):
-                raise
+        except OSError as error:
+            if not (xattr == "security.capability" and error.errno == errno.EPERM and _ordinary_user()):
+                raise _refusal(xattr, error) from None
+
+
+def _refusal(xattr: str, error: OSError) -> Exception:
+    if error.errno in (errno.EINVAL, errno.ERANGE, errno.E2BIG):
+        return UnsafeLayerError(f"its attribute {xattr[:100]!r} is none that the kernel takes")
+    if error.errno == errno.EOPNOTSUPP:
+        return NotSupportedError(
+            f"the file system keeps no attribute {xattr[:100]!r}: use ext4, xfs or btrfs"
+        )
+    return error
 
 
 def _possible(xattr: str, mode: int) -> bool:
-    return belongs_to_image(xattr) and (
-        not xattr.startswith("user.") or stat.S_ISREG(mode) or stat.S_ISDIR(mode)
-    )
+    """Tell whether the kernel keeps an attribute on what has this mode."""
+    if xattr.startswith("user."):
+        return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
+    return not stat.S_ISLNK(mode)
 
 
 def set_owner(directory: int, name: str, uid: int, gid: int) -> None:

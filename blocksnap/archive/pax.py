@@ -64,8 +64,8 @@ def parse_records(data: bytes) -> list[tuple[str, bytes]]:
         if end > len(data) or end <= space + 1 or data[end - 1 : end] != b"\n":
             raise UnsafeLayerError("its PAX header has a record with a wrong length")
         keyword, equals, value = data[space + 1 : end - 1].partition(b"=")
-        if not keyword or not equals:
-            raise UnsafeLayerError("its PAX header has a record without a keyword")
+        if not keyword or not equals or b"\0" in keyword:
+            raise UnsafeLayerError("its PAX header has a record without a proper keyword")
         records.append((keyword.decode("utf-8", "surrogateescape"), value))
         at = end
     return records

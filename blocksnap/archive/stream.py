@@ -41,10 +41,20 @@ class TarStream:
             return data
         return b"".join([data, *self._pieces(size - len(data), what)])
 
+    def read_block(self, what: str) -> bytes:
+        """Return one block, b"" at the end of the stream."""
+        data = self.read_some(BLOCK)
+        return data and (data + self.read(BLOCK - len(data), what))
+
     def pieces(self, size: int, what: str) -> Iterator[bytes]:
-        """Yield exactly size bytes in pieces, then step over the padding of the last block."""
+        """Yield exactly size bytes in pieces."""
         yield from self._pieces(size, what)
-        self.skip(-size % BLOCK, what)
+
+    def skip_padding(self) -> None:
+        """Step to the start of the next block; at the end of the stream the padding may be missing."""
+        left = -self.position % BLOCK
+        while left and (data := self.read_some(left)):
+            left -= len(data)
 
     def skip(self, size: int, what: str) -> None:
         """Step over size bytes."""

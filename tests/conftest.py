@@ -1,0 +1,26 @@
+"""Fixtures that several test modules share."""
+
+from tests.images import (
+    debian_docker_archive,
+    debian_oci_layout,
+    debian_unpacked,
+    image_cache,
+    small_docker_archive,
+    small_oci_archive,
+    small_oci_layout,
+    small_unpacked,
+)
+from tests.layer_roots import layer_root, users_root
+
+__all__ = [
+    "debian_docker_archive",
+    "debian_oci_layout",
+    "debian_unpacked",
+    "image_cache",
+    "layer_root",
+    "small_docker_archive",
+    "small_oci_archive",
+    "small_oci_layout",
+    "small_unpacked",
+    "users_root",
+]

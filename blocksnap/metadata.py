@@ -1,9 +1,9 @@
 """Read-only walks over the metadata of a thin pool: check, dump, delta, usage.
 
 They read a metadata file or device that nobody writes meanwhile: the caller holds the pool's lock, or the
-pool is committed and quiescent. Text goes to a file descriptor, so that it never passes through Python. A file
-that is no thin pool raises PoolFormatError, one that cannot be read further DamagedMetadataError; what `check`
-finds is a report, not an exception. A reader that closes its end of a pipe raises BrokenPipeError.
+pool is committed and quiescent. Text goes to a file descriptor, so that it never passes through Python. A
+file that is no thin pool raises PoolFormatError, one that cannot be read further DamagedMetadataError; what
+`check` finds is a report, not an exception. A reader that closes its end of a pipe raises BrokenPipeError.
 """
 
 import errno
@@ -75,8 +75,8 @@ class CheckReport:
     """What a full check found.
 
     `fatal` findings lose or endanger data; `leaks` is the number of blocks that are lost to the pool, nothing
-    else; `warnings` are harmless. The numbers of devices, mappings and blocks are recomputed, not read. `findings`
-    stays empty when the lines went to a descriptor.
+    else; `warnings` are harmless. The numbers of devices, mappings and blocks are recomputed, not read.
+    `findings` stays empty when the lines went to a descriptor.
     """
 
     fatal: int

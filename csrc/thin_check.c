@@ -80,7 +80,6 @@ bool check_claim(struct check *c, const char *path, uint64_t block, enum role ro
 		return false;
 	}
 	struct block_info *info = &c->blocks[block];
-	count_pointer(info);
 	if (info->role != ROLE_NONE) {
 		check_finding(c, FATAL, "%s: block %" PRIu64 " is in use as %s already", path, block,
 			role_name(info->role));
@@ -88,6 +87,7 @@ bool check_claim(struct check *c, const char *path, uint64_t block, enum role ro
 		return false;
 	}
 	info->role = role;
+	count_pointer(info);
 	return true;
 }
 

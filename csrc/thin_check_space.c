@@ -81,6 +81,7 @@ static void overflow_leaf(struct tree_check *t, const struct disk_node *leaf, bo
 {
 	const struct le32 *counts = node_values(leaf);
 	struct space_map *map = t->context;
+	uint32_t outside = 0;
 
 	(void)known;
 	for (uint32_t i = 0; i < node_nr(leaf); i++) {
@@ -88,8 +89,7 @@ static void overflow_leaf(struct tree_check *t, const struct disk_node *leaf, bo
 		uint32_t count = le32_get(counts[i]);
 
 		if (block >= map->nr_blocks)
-			tree_finding(t, FATAL, "count of %s block %" PRIu64 ", the map has %" PRIu64,
-				map->name, block, map->nr_blocks);
+			outside++;
 		else if (map->overflow_used > 0 && map->overflow[map->overflow_used - 1].block >= block)
 			tree_finding(t, FATAL, "count of %s block %" PRIu64 " comes twice or out of order",
 				map->name, block);
@@ -101,6 +101,9 @@ static void overflow_leaf(struct tree_check *t, const struct disk_node *leaf, bo
 				"count of %s block %" PRIu64 " is %u, overflow entries have 3 or more",
 				map->name, block, count);
 	}
+	if (outside > 0)
+		tree_finding(t, FATAL, "%u counts of %s blocks that the map of %" PRIu64 " does not have",
+			outside, map->name, map->nr_blocks);
 }
 
 static const struct tree_kind data_index_kind = {

@@ -135,8 +135,8 @@ static void settle(struct tree_check *t)
 	if (parent->height == 0)
 		parent->height = info->height + 1;
 	else if (parent->height != info->height + 1)
-		tree_finding(t, FATAL, "%d levels above its leaves, its siblings have %d", info->height,
-			parent->height - 1);
+		tree_finding(t, FATAL, "its leaves lie %d levels below it, those of its siblings %d",
+			info->height, parent->height - 1);
 	if (info->entries > 0) {
 		/* first_key of an internal node is its own, set when it was opened. */
 		if (parent->entries == 0 || info->last_key > parent->last_key)
@@ -196,7 +196,7 @@ static void open_node(struct tree_check *t, struct block_info *info, const struc
 
 /* ---- the walk */
 
-/* May the pointer of the frame being looked at be followed? Counts it. */
+/* May the pointer of the frame being looked at be followed? If it can be one, it is counted. */
 static bool check_pointer(struct tree_check *t)
 {
 	struct check *c = t->c;
@@ -207,8 +207,6 @@ static bool check_pointer(struct tree_check *t)
 		return false;
 	}
 	struct block_info *info = &c->blocks[block];
-	if (t->depth == 0 || !t->frames[t->depth - 1].known)
-		count_pointer(info);
 	if (info->role != ROLE_NONE && info->role != t->kind->role) {
 		damage(t, "block %" PRIu64 " is in use as %s already", block, role_name(info->role));
 		return false;
@@ -217,6 +215,8 @@ static bool check_pointer(struct tree_check *t)
 		damage(t, "block %" PRIu64 " lies below itself", block);
 		return false;
 	}
+	if (t->depth == 0 || !t->frames[t->depth - 1].known)
+		count_pointer(info);
 	if (t->depth == BTREE_MAX_DEPTH) {
 		damage(t, "the tree is deeper than %d nodes", BTREE_MAX_DEPTH);
 		return false;

@@ -1,8 +1,8 @@
 """Write and damage metadata images: nodes shared between devices as the kernel shares them, exact counts.
 
-thin_restore gives every device a tree of its own; a pool with real snapshots shares nodes. Here a node with the
-same content is written once, so devices split at the same thin blocks share all leaves in which they do not
-differ.
+thin_restore gives every device a tree of its own; a pool with real snapshots shares nodes. Here a node with
+the same content is written once, so devices split at the same thin blocks share all leaves in which they do
+not differ.
 """
 
 import struct
@@ -259,7 +259,7 @@ def _devices(writer: _Writer, pool: Pool, leaf_fill: int) -> tuple[int, int]:
 def build(pool: Pool, *, metadata_blocks: int = 0, leaf_fill: int = 168) -> Image:
     """Return an image of the pool in which equal leaves are shared.
 
-    leaf_fill is how many mappings of the first device a leaf gets: 84 to 168, so that a short tail still fits.
+    leaf_fill is how many mappings of the first device a leaf gets: 84 to 168, so that a short tail fits.
     """
     writer = _Writer()
     writer.data_counts = np.zeros(pool.nr_data_blocks, dtype=np.int64)

@@ -44,7 +44,7 @@ class Pool:
 
 
 def _first_device(rng: np.random.Generator, mappings: int, longest_run: int, gaps: float) -> Device:
-    """Return a device of runs of up to longest_run blocks, scattered over the data device, with holes between."""
+    """Return a device of runs of up to longest_run blocks, scattered over the data, with holes between."""
     lengths = rng.integers(1, longest_run + 1, mappings)
     lengths = lengths[: int(np.searchsorted(np.cumsum(lengths), mappings)) + 1]
     lengths[-1:] -= lengths.sum() - mappings

@@ -81,7 +81,8 @@ def compare(
             except Exception as error:  # noqa: BLE001 - a driver of a third party may raise anything
                 results.append(Measurement(target=target, error=_sentence(error)))
     left_out = [Skipped(driver, reason) for driver, reason in skipped.items()]
-    return Comparison(machine, workload.describe(), results, left_out, time.monotonic() - start)
+    kept = str(directory) if keep else None
+    return Comparison(machine, workload.describe(), results, left_out, time.monotonic() - start, kept)
 
 
 class _CannotRunError(BlocksnapError):

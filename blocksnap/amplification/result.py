@@ -160,13 +160,14 @@ def _ratio(numerator: int | None, denominator: int | None) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """All rows of one run, what ran them and what was left out."""
+    """All rows of one run, what ran them, what was left out, where backing files were kept."""
 
     machine: Mapping[str, object]
     workload: Mapping[str, object]
     results: Sequence[Measurement]
     skipped: Sequence[Skipped] = ()
     seconds: float = 0.0
+    kept: str | None = None
 
     @property
     def measured(self) -> list[Measurement]:
@@ -182,4 +183,5 @@ class Comparison:
             "skipped": [dataclasses.asdict(skipped) for skipped in self.skipped],
             "parts": PARTS,
             "seconds": self.seconds,
+            "kept": self.kept,
         }

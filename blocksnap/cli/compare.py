@@ -117,3 +117,5 @@ def _report(comparison: Comparison, out: Path | None, as_json: bool) -> None:
             stdout.print(sentence)
     for path in paths:
         stderr.print(f"wrote {path}", soft_wrap=True)
+    if comparison.kept is not None:
+        stderr.print(f"kept {comparison.kept}", soft_wrap=True)

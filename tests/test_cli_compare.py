@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from blocksnap import mount
+from blocksnap import drivers, mount
 
 MAIN = [sys.executable, "-c", "from blocksnap.cli import main; main()"]
 SMALL = "touch-byte:large_file_bytes=1M,offset=0,small_files=5"
@@ -156,19 +156,24 @@ def test_closed_pipe_ends_quietly() -> None:
 
 
 @needs_root
+@pytest.mark.parametrize("driver", ["overlay", "thin"])
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupted_it_leaves_nothing_behind(tmp_path: Path, number: int, status: int) -> None:
+def test_interrupted_it_leaves_nothing_behind(tmp_path: Path, driver: str, number: int, status: int) -> None:
+    if (reason := dict(drivers.available(tmp_path)).get(driver)) is not None:
+        pytest.skip(f"needs the driver {driver}: {reason}")
     started = tmp_path / "started"
     command = ["sh", "-c", f"touch {started}; sleep 1000"]
-    arguments = ["compare", "--drivers", "overlay", "--work-dir", str(tmp_path), "--", *command]
-    process = subprocess.Popen([*MAIN, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    arguments = ["compare", "--drivers", driver, "--work-dir", str(tmp_path), "--", *command]
+    process = subprocess.Popen(
+        [*MAIN, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     while not started.exists():
         assert process.poll() is None
         time.sleep(0.05)
     assert places_below(tmp_path) != []
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # as a terminal does: every process of the group gets it
     out, complaint = process.communicate(timeout=60)
-    assert process.returncode == status
+    assert process.returncode == status, complaint
     assert (out, complaint) == ("", "")
     assert places_below(tmp_path) == []
     assert [path.name for path in tmp_path.iterdir()] == ["started"]

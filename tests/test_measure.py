@@ -155,10 +155,10 @@ def test_progress_tells_the_phases_of_each_target_in_order(work_dir: Path) -> No
 
 @needs_root
 def test_kept_backing_files_hold_a_sound_file_system(tmp_path: Path) -> None:
-    compare(
-        small("touch-byte:large_file_bytes=1M,offset=0"), [Target("overlay")], work_dir=tmp_path, keep=True
-    )
+    workload = small("touch-byte:large_file_bytes=1M,offset=0")
+    comparison = compare(workload, [Target("overlay")], work_dir=tmp_path, keep=True)
     (directory,) = tmp_path.iterdir()
+    assert comparison.kept == str(directory)
     assert places_below(tmp_path) == []
     checked = subprocess.run(
         ["/usr/sbin/e2fsck", "-fn", str(directory / "overlay.ext4")], capture_output=True, check=False

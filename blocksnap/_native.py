@@ -5,10 +5,11 @@ from typing import Any
 from . import _blocksnap
 from .errors import error_for
 
-__all__ = ["check", "encode", "ffi", "lib"]
+__all__ = ["check", "encode", "ffi", "file", "lib"]
 
 ffi: Any = _blocksnap.ffi
 lib: Any = _blocksnap.lib
+file: str = _blocksnap.__file__ or ""
 
 
 def check(code: int) -> int:

@@ -150,18 +150,21 @@ class Catalog:
         transaction_id: int,
         records: Sequence[DeviceRecord],
     ) -> Self:
-        database.executescript(_SCHEMA)
-        database.execute("INSERT INTO pool VALUES (0)")
-        catalog = cls(database, path)
-        catalog.adopt(records, transaction_id)
+        with _closed_on_failure(database):
+            database.executescript(_SCHEMA)
+            database.execute("INSERT INTO pool VALUES (0)")
+            catalog = cls(database, path)
+            catalog.adopt(records, transaction_id)
         return catalog
 
     @classmethod
     def open(cls, path: Path, *, read_only: bool = False) -> Self:
         """Open an existing catalog; read-only works on a copy in memory: recovery changes nothing on disk."""
         with _sqlite_errors(str(path)):
-            catalog = cls(_connect_copy(path) if read_only else _connect(str(path)), path)
-            catalog._verify()
+            database = _connect_copy(path) if read_only else _connect(str(path))
+            with _closed_on_failure(database):
+                catalog = cls(database, path)
+                catalog._verify()
         return catalog
 
     def close(self) -> None:
@@ -285,10 +288,21 @@ class Catalog:
 
 def _connect(database: str) -> sqlite3.Connection:
     connection = sqlite3.connect(database, isolation_level=None, check_same_thread=False)
-    connection.execute("PRAGMA locking_mode = EXCLUSIVE")
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA synchronous = FULL")
+    with _closed_on_failure(connection):
+        connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
     return connection
+
+
+@contextmanager
+def _closed_on_failure(database: sqlite3.Connection) -> Iterator[None]:
+    """Close a connection when the body fails: it holds its file, and with it the file system."""
+    try:
+        yield
+    except BaseException:
+        database.close()
+        raise
 
 
 def _connect_copy(path: Path) -> sqlite3.Connection:

@@ -176,7 +176,7 @@ def system_errors(name: str) -> Iterator[None]:
     """Turn an OSError of the body into the fitting error, naming `name` or the file that the kernel named."""
     try:
         yield
-    except BlocksnapError:
+    except (BlocksnapError, BrokenPipeError):
         raise
     except OSError as error:
         named = error.filename if isinstance(error.filename, str) else name

@@ -98,7 +98,9 @@ class Pool:
                 data_bytes = backing_size(files.data) if size is None else parse_size(size)
             else:
                 data_bytes = _data_size(size, block_bytes)
-                grow_file(files.metadata, _metadata_size(metadata_size, data_bytes, block_bytes))
+                metadata_bytes = _metadata_size(metadata_size, data_bytes, block_bytes)
+                # Reserved: a commit that finds no space for its metadata could only be taken back.
+                grow_file(files.metadata, metadata_bytes, reserve=True, preallocate=preallocate)
                 grow_file(files.data, data_bytes, preallocate=preallocate, progress=progress)
             _format(files, data_bytes, block_bytes)
         return cls.open(path, metadata=metadata, data=data, catalog=catalog, direct_io=direct_io)
@@ -169,7 +171,7 @@ class Pool:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<Pool {str(self._files)!r}{' closed' if self._engine.closed else ''}>"
+        return f"<Pool {str(self._files)!r}{' closed' if self.closed else ''}>"
 
     # ---- devices
 
@@ -177,6 +179,10 @@ class Pool:
     def path(self) -> Path:
         """The directory of the pool, or its metadata device."""
         return self._files.directory or self._files.metadata
+
+    @property
+    def closed(self) -> bool:
+        return self._engine.closed
 
     @property
     def read_only(self) -> bool:
@@ -239,7 +245,7 @@ class Pool:
             if data_bytes < status.data_bytes or metadata_bytes < status.metadata_bytes:
                 raise ArgumentError(f"pool {self._files} cannot shrink: give a larger size")
             if self._files.directory is not None:
-                grow_file(self._files.metadata, metadata_bytes)
+                grow_file(self._files.metadata, metadata_bytes, reserve=True, preallocate=preallocate)
                 grow_file(self._files.data, data_bytes, preallocate=preallocate, progress=progress)
                 self._engine.extend(data_bytes)
             else:
@@ -284,10 +290,10 @@ class Pool:
         with self._quiescent() as metadata:
             metadata_walks.dump(metadata, output)
 
-    def check(self, output: int) -> metadata_walks.CheckReport:
-        """Check everything in the metadata; findings go to a file descriptor, a line each."""
+    def check(self) -> metadata_walks.CheckReport:
+        """Prove every invariant of the metadata and recompute all counts."""
         with self._quiescent() as metadata:
-            return metadata_walks.check(metadata, output)
+            return metadata_walks.check(metadata)
 
     # ---- what the devices ask for
 

@@ -200,8 +200,18 @@ def _sync(files: PoolFiles) -> None:
         sync_directory(files.directory.parent)
 
 
-def grow_file(path: Path, size: int, *, preallocate: bool = False, progress: Progress | None = None) -> None:
-    """Make a file (a new one with mode 0600) at least size bytes long; a failure leaves it as it was."""
+def grow_file(
+    path: Path,
+    size: int,
+    *,
+    reserve: bool = False,
+    preallocate: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Make a file (a new one with mode 0600) at least size bytes long; a failure leaves it as it was.
+
+    With reserve the file system sets the space aside, with preallocate it is written full of zeros too.
+    """
     with system_errors(str(path)):
         descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
@@ -211,6 +221,8 @@ def grow_file(path: Path, size: int, *, preallocate: bool = False, progress: Pro
             try:
                 if preallocate:
                     _fill_with_zeros(descriptor, before, size, progress)
+                elif reserve:
+                    os.posix_fallocate(descriptor, before, size - before)
                 os.ftruncate(descriptor, size)
             except BaseException:
                 os.ftruncate(descriptor, before)

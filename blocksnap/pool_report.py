@@ -1,14 +1,15 @@
 """What a pool tells about itself: status, usage, reverse mappings."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .metadata import BlockUsage
 from .user_pool import PoolCounters, UserPool
 
-__all__ = ["REVERSE_MAPPING", "DeviceUsage", "PoolStatus", "pool_status", "reverse_mappings"]
+__all__ = ["REVERSE_MAPPING", "DeviceUsage", "PoolStatus", "device_usage", "pool_status", "reverse_mappings"]
 
 METADATA_BLOCK_SIZE = 4096
 
@@ -72,6 +73,22 @@ def pool_status(path: str, engine: UserPool) -> PoolStatus:
         direct_io=now.direct_io,
         counters=engine.counters(),
     )
+
+
+def device_usage(found: Iterable[BlockUsage], names: Mapping[int, str], block_size: int) -> list[DeviceUsage]:
+    """Return the usage of the devices that have names, by name."""
+    usages = [
+        DeviceUsage(
+            id=one.id,
+            name=names[one.id],
+            mapped_bytes=one.mapped_blocks * block_size,
+            exclusive_bytes=one.exclusive_blocks * block_size,
+            shared_bytes=(one.mapped_blocks - one.exclusive_blocks) * block_size,
+        )
+        for one in found
+        if one.id in names
+    ]
+    return sorted(usages, key=lambda usage: usage.name)
 
 
 def reverse_mappings(engine: UserPool, begin: int, end: int | None) -> NDArray[np.void]:

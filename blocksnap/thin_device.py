@@ -14,6 +14,7 @@ __all__ = ["SECTOR_SIZE", "ThinDevice", "parse_device_size", "require_name"]
 
 SECTOR_SIZE = 512
 _MAX_NAME_BYTES = 255
+_MAX_SIZE = 1 << 62
 
 
 class Owner(Protocol):
@@ -43,6 +44,8 @@ def parse_device_size(size: Size) -> int:
         raise ArgumentError(
             f"a thin device of {size_bytes} bytes: the size must be a multiple of {SECTOR_SIZE}"
         )
+    if size_bytes > _MAX_SIZE:
+        raise ArgumentError(f"a thin device of {size_bytes} bytes is too large: at most {_MAX_SIZE}")
     return size_bytes
 
 

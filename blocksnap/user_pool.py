@@ -23,7 +23,7 @@ Buffer = Any
 """Anything with the buffer protocol, contiguous: bytes, bytearray, memoryview, numpy arrays."""
 
 MAPPING = np.dtype([("thin_block", "u8"), ("data_block", "u8"), ("time", "u8")])
-_MAPPINGS_A_CALL = 1 << 16
+_MAPPINGS_AN_ARRAY = 1 << 16
 _DEVICES_A_CALL = 1 << 10
 
 
@@ -306,8 +306,8 @@ class UserPool:
         """Return the details of every device by ascending id."""
         found: list[DeviceInfo] = []
         out = ffi.new("struct bs_device_info[]", _DEVICES_A_CALL)
-        count = _DEVICES_A_CALL
-        while count == _DEVICES_A_CALL:
+        count = -1
+        while count:
             begin = found[-1].id + 1 if found else 0
             with self._handle as pool:
                 count = check(lib.bs_pool_devices(pool, begin, out, _DEVICES_A_CALL))
@@ -316,28 +316,29 @@ class UserPool:
 
     def mappings(self, device_id: int, begin: int = 0) -> Iterator[NDArray[np.void]]:
         """Yield a device's mappings from thin block begin on, ascending, in arrays of MAPPING."""
-        count = _MAPPINGS_A_CALL
-        while count == _MAPPINGS_A_CALL:
-            out = self._some_mappings(device_id, begin, _MAPPINGS_A_CALL)
-            count = len(out)
-            if count:
-                begin = int(out["thin_block"][-1]) + 1
+        out = np.empty(_MAPPINGS_AN_ARRAY, MAPPING)
+        filled = 0
+        while count := self._some_mappings(device_id, begin, out[filled:]):
+            filled += count
+            begin = int(out["thin_block"][filled - 1]) + 1
+            if filled == len(out):
                 yield out
+                out, filled = np.empty(_MAPPINGS_AN_ARRAY, MAPPING), 0
+        if filled:
+            yield out[:filled]
 
-    def _some_mappings(self, device_id: int, begin: int, capacity: int) -> NDArray[np.void]:
-        out = np.empty(capacity, MAPPING)
+    def _some_mappings(self, device_id: int, begin: int, out: NDArray[np.void]) -> int:
         with self._handle as pool:
             target = ffi.from_buffer("struct bs_mapping[]", out, require_writable=True)
-            count = check(lib.bs_pool_mappings(pool, device_id, begin, target, capacity))
-        return out[:count]
+            return check(lib.bs_pool_mappings(pool, device_id, begin, target, len(out)))
 
     def end_of_mappings(self, device_id: int) -> int:
         """Return the thin block behind the highest mapped one, 0 for an empty device (about 50 look-ups)."""
         low, high = 0, 1 << 51
+        found = np.empty(1, MAPPING)
         while low < high:
             middle = (low + high) // 2
-            found = self._some_mappings(device_id, middle, 1)
-            if len(found):
+            if self._some_mappings(device_id, middle, found):
                 low = int(found["thin_block"][0]) + 1
             else:
                 high = middle

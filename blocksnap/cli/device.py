@@ -1,0 +1,177 @@
+"""blocksnap device: create, snapshot, list, remove, resize, read, write."""
+
+import sys
+from contextlib import nullcontext
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from ..errors import system_errors
+from ..thin_device import ThinDevice
+from ..units import format_size
+from .console import JsonOption, parse_size_option, print_json, stdout
+from .pools import CatalogOption, DataOption, MetadataOption, locate, open_pool
+
+__all__ = ["app"]
+
+app = typer.Typer(help="Thin devices of a pool.", no_args_is_help=True)
+
+_CHUNK = 4 << 20
+
+Arguments = list[str] | None
+NameArguments = Annotated[Arguments, typer.Argument(metavar="PATH NAME", show_default=False)]
+SizeOption = Annotated[
+    int,
+    typer.Option("--size", metavar="SIZE", parser=parse_size_option, help='Size of the device, like "1G".'),
+]
+OffsetOption = Annotated[
+    int, typer.Option("--offset", metavar="BYTES", parser=parse_size_option, help="Where to begin.")
+]
+
+
+def _described(device: ThinDevice) -> dict[str, object]:
+    created = datetime.fromtimestamp(device.created / 1e9, UTC)
+    return {
+        "name": device.name,
+        "id": device.id,
+        "size": device.size,
+        "origin": device.origin,
+        "created": created.isoformat(timespec="seconds"),
+        "labels": dict(device.labels),
+    }
+
+
+@app.command()
+def create(
+    size: SizeOption,
+    arguments: NameArguments = None,
+    metadata: MetadataOption = None,
+    data: DataOption = None,
+    catalog: CatalogOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Create a thin device; it reads as zeros and takes no space yet."""
+    location, (name,) = locate(arguments or [], ["NAME"], metadata, data, catalog)
+    with open_pool(location) as pool:
+        described = _described(pool.create_device(name, size))
+    if as_json:
+        print_json(described)
+
+
+@app.command()
+def snapshot(
+    arguments: Annotated[Arguments, typer.Argument(metavar="PATH NAME NEW", show_default=False)] = None,
+    metadata: MetadataOption = None,
+    data: DataOption = None,
+    catalog: CatalogOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Create a thin device NEW that shares every block with NAME."""
+    location, (name, new) = locate(arguments or [], ["NAME", "NEW"], metadata, data, catalog)
+    with open_pool(location) as pool:
+        described = _described(pool.device(name).snapshot(new))
+    if as_json:
+        print_json(described)
+
+
+@app.command(name="list")
+def list_devices(
+    arguments: Annotated[Arguments, typer.Argument(metavar="PATH", show_default=False)] = None,
+    metadata: MetadataOption = None,
+    data: DataOption = None,
+    catalog: CatalogOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the thin devices by name."""
+    location, _ = locate(arguments or [], [], metadata, data, catalog)
+    with open_pool(location, read_only=True) as pool:
+        described = [_described(device) for device in pool.devices()]
+    if as_json:
+        print_json(described)
+        return
+    table = Table("name", "id", "size", "origin", "created")
+    for one in described:
+        size = format_size(int(str(one["size"])))
+        table.add_row(str(one["name"]), str(one["id"]), size, str(one["origin"] or ""), str(one["created"]))
+    stdout.print(table)
+
+
+@app.command()
+def remove(
+    arguments: NameArguments = None,
+    metadata: MetadataOption = None,
+    data: DataOption = None,
+    catalog: CatalogOption = None,
+) -> None:
+    """Delete a thin device; snapshots of it live on."""
+    location, (name,) = locate(arguments or [], ["NAME"], metadata, data, catalog)
+    with open_pool(location) as pool:
+        pool.device(name).delete()
+
+
+@app.command()
+def resize(
+    size: SizeOption,
+    arguments: NameArguments = None,
+    metadata: MetadataOption = None,
+    data: DataOption = None,
+    catalog: CatalogOption = None,
+) -> None:
+    """Change the size of a thin device; shrinking frees what lies behind the new end."""
+    location, (name,) = locate(arguments or [], ["NAME"], metadata, data, catalog)
+    with open_pool(location) as pool:
+        pool.device(name).resize(size)
+
+
+@app.command()
+def read(
+    arguments: NameArguments = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE", help="Write to FILE instead of stdout.")
+    ] = None,
+    offset: OffsetOption = "0",  # type: ignore[assignment]
+    length: Annotated[
+        int | None,
+        typer.Option(
+            "--length", metavar="BYTES", parser=parse_size_option, help="How much; else to the end."
+        ),
+    ] = None,
+    metadata: MetadataOption = None,
+    data: DataOption = None,
+    catalog: CatalogOption = None,
+) -> None:
+    """Copy the content of a thin device to stdout or a file."""
+    location, (name,) = locate(arguments or [], ["NAME"], metadata, data, catalog)
+    with open_pool(location, read_only=True) as pool, system_errors(str(output or "stdout")):
+        device = pool.device(name)
+        end = device.size if length is None else offset + length
+        buffer = memoryview(bytearray(_CHUNK))
+        with output.open("wb") if output is not None else nullcontext(sys.stdout.buffer) as target:
+            while offset < end:
+                part = buffer[: min(_CHUNK, end - offset)]
+                offset += device.read_into(offset, part)
+                target.write(part)
+
+
+@app.command()
+def write(
+    arguments: NameArguments = None,
+    source: Annotated[
+        Path | None, typer.Option("--input", metavar="FILE", help="Read from FILE instead of stdin.")
+    ] = None,
+    offset: OffsetOption = "0",  # type: ignore[assignment]
+    metadata: MetadataOption = None,
+    data: DataOption = None,
+    catalog: CatalogOption = None,
+) -> None:
+    """Copy stdin or a file into a thin device; done means durable."""
+    location, (name,) = locate(arguments or [], ["NAME"], metadata, data, catalog)
+    with open_pool(location) as pool, system_errors(str(source or "stdin")):
+        device = pool.device(name)
+        with source.open("rb") if source is not None else nullcontext(sys.stdin.buffer) as origin:
+            while chunk := origin.read(_CHUNK):
+                offset += device.write(offset, chunk)
+        device.flush()

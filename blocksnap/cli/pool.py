@@ -1,0 +1,273 @@
+"""blocksnap pool: create, status, check, dump, delta, rmap, usage, extend, adopt."""
+
+import re
+import sys
+from contextlib import nullcontext
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from ..metadata import DELTA_KINDS
+from ..pool import Pool
+from ..pool_report import PoolStatus
+from ..units import format_size
+from .console import DAMAGE_FOUND, JsonOption, parse_size_option, print_json, stdout
+from .pools import (
+    CatalogOption,
+    DataOption,
+    MetadataOption,
+    locate,
+    open_image,
+    open_pool,
+    progress_bar,
+)
+
+__all__ = ["app"]
+
+app = typer.Typer(help="Thin pools: make, look into, check, grow.", no_args_is_help=True)
+
+PathArguments = Annotated[list[str] | None, typer.Argument(metavar="PATH", show_default=False)]
+SizeOption = Annotated[
+    int | None,
+    typer.Option("--size", metavar="SIZE", parser=parse_size_option, help='Size of the data, like "10G".'),
+]
+MetadataSizeOption = Annotated[
+    int | None,
+    typer.Option("--metadata-size", metavar="SIZE", parser=parse_size_option, help="Size of the metadata."),
+]
+PreallocateOption = Annotated[
+    bool,
+    typer.Option("--preallocate", help="Write the data file full of zeros, so that it never grows later."),
+]
+
+
+@app.command()
+def create(
+    arguments: PathArguments = None,
+    size: SizeOption = None,
+    block_size: Annotated[
+        int, typer.Option("--block-size", metavar="SIZE", parser=parse_size_option, help="4K to 1G.")
+    ] = "64K",  # type: ignore[assignment]
+    metadata_size: MetadataSizeOption = None,
+    preallocate: PreallocateOption = False,
+    metadata: MetadataOption = None,
+    data: DataOption = None,
+    catalog: CatalogOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a pool in a new directory, or on two devices."""
+    location, _ = locate(arguments or [], [], metadata, data, catalog)
+    with (
+        progress_bar("preallocating") if preallocate else nullcontext() as progress,
+        Pool.create(
+            location.path,
+            size=size,
+            block_size=block_size,
+            metadata_size=metadata_size,
+            preallocate=preallocate,
+            progress=progress,
+            metadata=metadata,
+            data=data,
+            catalog=catalog,
+        ) as pool,
+    ):
+        status = pool.status()
+    if as_json:
+        print_json(status)
+
+
+@app.command()
+def status(
+    arguments: PathArguments = None,
+    metadata: MetadataOption = None,
+    data: DataOption = None,
+    catalog: CatalogOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show sizes, space and state."""
+    location, _ = locate(arguments or [], [], metadata, data, catalog)
+    with open_pool(location, read_only=True) as pool:
+        found = pool.status()
+    if as_json:
+        print_json(found)
+    else:
+        stdout.print(_status_table(found))
+
+
+def _status_table(found: PoolStatus) -> Table:
+    table = Table(show_header=False)
+    used = found.data_bytes - found.data_free_bytes
+    metadata_used = found.metadata_bytes - found.metadata_free_bytes
+    table.add_row("pool", found.path)
+    table.add_row("engine", found.engine)
+    table.add_row("block size", format_size(found.block_size))
+    table.add_row("data", f"{format_size(used)} of {format_size(found.data_bytes)} used")
+    table.add_row("metadata", f"{format_size(metadata_used)} of {format_size(found.metadata_bytes)} used")
+    table.add_row("thin devices", str(found.devices))
+    table.add_row("transaction id", str(found.transaction_id))
+    table.add_row("state", _state(found))
+    return table
+
+
+def _state(found: PoolStatus) -> str:
+    words = {
+        "failed": found.failed,
+        "needs check": found.needs_check,
+        "out of space": found.out_of_space,
+        "metadata snapshot held": found.held_root != 0,
+    }
+    return ", ".join(word for word, present in words.items() if present) or "fine"
+
+
+@app.command()
+def check(
+    arguments: PathArguments = None,
+    metadata: MetadataOption = None,
+    data: DataOption = None,
+    catalog: CatalogOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Check all metadata; print each finding; exit 3 on damage."""
+    location, _ = locate(arguments or [], [], metadata, data, catalog)
+    with open_image(location) as image:
+        report = image.check()
+    if as_json:
+        print_json({**asdict(report), "findings": [one._asdict() for one in report.findings]})
+    else:
+        for finding in report.findings:
+            typer.echo(finding)
+    return DAMAGE_FOUND if report.damaged else 0
+
+
+@app.command()
+def dump(
+    arguments: PathArguments = None,
+    metadata: MetadataOption = None,
+    data: DataOption = None,
+    catalog: CatalogOption = None,
+) -> None:
+    """Print the metadata as thin_dump does."""
+    location, _ = locate(arguments or [], [], metadata, data, catalog)
+    sys.stdout.flush()
+    with open_image(location) as image:
+        image.dump(sys.stdout.fileno())
+
+
+@app.command()
+def delta(
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="PATH NAME1 NAME2")] = None,
+    metadata: MetadataOption = None,
+    data: DataOption = None,
+    catalog: CatalogOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print where two thin devices differ, as thin_delta does; as JSON without what is the same."""
+    location, (left, right) = locate(arguments or [], ["NAME1", "NAME2"], metadata, data, catalog)
+    with open_pool(location, read_only=True) as pool:
+        if not as_json:
+            sys.stdout.flush()
+            pool.write_delta(left, right, sys.stdout.fileno())
+            return
+        block_size = pool.status().block_size
+        ranges = [
+            {"thin_begin": int(begin), "length": int(length), "kind": DELTA_KINDS[int(kind)]}
+            for begin, length, kind in pool.delta(left, right)
+        ]
+    print_json({"left": left, "right": right, "block_size": block_size, "ranges": ranges})
+
+
+@app.command()
+def rmap(
+    arguments: PathArguments = None,
+    region: Annotated[
+        str, typer.Option("--region", metavar="A..B", help="Only the data blocks from A to before B.")
+    ] = "0..",
+    metadata: MetadataOption = None,
+    data: DataOption = None,
+    catalog: CatalogOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print which thin devices use the data blocks, as thin_rmap does."""
+    location, _ = locate(arguments or [], [], metadata, data, catalog)
+    match = re.fullmatch(r"(\d+)\.\.(\d*)", region)
+    if match is None:
+        raise typer.BadParameter(f'"{region}" is no region: give it like 10..20')
+    begin, end = int(match[1]), int(match[2]) if match[2] else None
+    with open_pool(location, read_only=True) as pool:
+        runs = pool.reverse_mappings(begin, end)
+    names = runs.dtype.names or ()
+    if as_json:
+        print_json([dict(zip(names, map(int, run), strict=True)) for run in runs])
+        return
+    for data_begin, length, device_id, thin_begin in runs:
+        thin = f"thin({device_id}) {thin_begin}..{thin_begin + length}"
+        typer.echo(f"data {data_begin}..{data_begin + length} -> {thin}")
+
+
+@app.command()
+def usage(
+    arguments: PathArguments = None,
+    metadata: MetadataOption = None,
+    data: DataOption = None,
+    catalog: CatalogOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the mapped, exclusive and shared bytes of each thin device."""
+    location, _ = locate(arguments or [], [], metadata, data, catalog)
+    with open_pool(location, read_only=True) as pool:
+        found = pool.usage()
+    if as_json:
+        print_json(found)
+        return
+    table = Table("device", *("mapped", "exclusive", "shared"))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for one in found:
+        sizes = one.mapped_bytes, one.exclusive_bytes, one.shared_bytes
+        table.add_row(one.name, *map(format_size, sizes))
+    stdout.print(table)
+
+
+@app.command()
+def extend(
+    arguments: PathArguments = None,
+    size: SizeOption = None,
+    metadata_size: MetadataSizeOption = None,
+    preallocate: PreallocateOption = False,
+    metadata: MetadataOption = None,
+    data: DataOption = None,
+    catalog: CatalogOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Grow a pool; on two devices, to the sizes that they have now."""
+    location, _ = locate(arguments or [], [], metadata, data, catalog)
+    if location.path is not None and size is None and metadata_size is None:
+        raise typer.BadParameter("give --size, --metadata-size or both")
+    with (
+        progress_bar("preallocating") if preallocate else nullcontext() as progress,
+        open_pool(location) as pool,
+    ):
+        pool.extend(size=size, metadata_size=metadata_size, preallocate=preallocate, progress=progress)
+        found = pool.status()
+    if as_json:
+        print_json(found)
+
+
+@app.command()
+def adopt(
+    arguments: PathArguments = None,
+    metadata: MetadataOption = None,
+    data: DataOption = None,
+    catalog: CatalogOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Take over a pool that its catalog does not describe: devices without a name are called thin-<id>."""
+    location, _ = locate(arguments or [], [], metadata, data, catalog)
+    with open_pool(location, adopt=True) as pool:
+        names = [device.name for device in pool.devices()]
+    if as_json:
+        print_json({"path": str(location.files), "devices": names})
+    else:
+        typer.echo(f"{location.files}: {len(names)} thin devices: {', '.join(names)}")

@@ -1,0 +1,105 @@
+"""Where a pool given on the command line lies, and how a verb gets at it: the one place that opens pools."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .. import pool_files
+from ..pool import Pool
+from ..pool_image import PoolImage
+from .console import stderr
+
+__all__ = [
+    "CatalogOption",
+    "DataOption",
+    "Location",
+    "MetadataOption",
+    "locate",
+    "open_image",
+    "open_pool",
+    "progress_bar",
+]
+
+MetadataOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--metadata", metavar="DEV", help="Metadata device of a pool on two devices, instead of PATH."
+    ),
+]
+DataOption = Annotated[
+    Path | None,
+    typer.Option("--data", metavar="DEV", help="Data device of a pool on two devices, instead of PATH."),
+]
+CatalogOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--catalog", metavar="FILE", help="Catalog of a pool on two devices, if not in its usual place."
+    ),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """A pool as people name it: a directory, or two devices."""
+
+    path: Path | None
+    metadata: Path | None
+    data: Path | None
+    catalog: Path | None
+
+    @property
+    def files(self) -> pool_files.PoolFiles:
+        return pool_files.PoolFiles.locate(
+            self.path, metadata=self.metadata, data=self.data, catalog=self.catalog
+        )
+
+
+def locate(
+    arguments: Sequence[str],
+    names: Sequence[str],
+    metadata: Path | None,
+    data: Path | None,
+    catalog: Path | None,
+) -> tuple[Location, list[str]]:
+    """Split "PATH NAME..." into the pool and the named rest; with two devices there is no PATH."""
+    on_devices = metadata is not None or data is not None or catalog is not None
+    wanted = [*names] if on_devices else ["PATH", *names]
+    if len(arguments) != len(wanted):
+        instead = " (with --metadata and --data, no PATH)" if on_devices else ""
+        raise typer.BadParameter(
+            f"give {' '.join(wanted) or 'no argument'}{instead}, not {len(arguments)} arguments"
+        )
+    if on_devices:
+        return Location(None, metadata, data, catalog), list(arguments)
+    return Location(Path(arguments[0]), None, None, None), list(arguments[1:])
+
+
+def open_pool(location: Location, *, read_only: bool = False, adopt: bool = False) -> Pool:
+    """Open the pool for one verb."""
+    return Pool.open(
+        location.path,
+        metadata=location.metadata,
+        data=location.data,
+        catalog=location.catalog,
+        read_only=read_only,
+        adopt=adopt,
+    )
+
+
+def open_image(location: Location) -> PoolImage:
+    """Open what can be read of a pool even when it is damaged."""
+    return PoolImage(location.files)
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[pool_files.Progress]:
+    """Show a bar of bytes on stderr while the block runs."""
+    columns = TextColumn(what), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn()
+    with Progress(*columns, console=stderr, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,449 @@
+"""A pool that another process serves, with the methods of Pool; and starting that process.
+
+with pool_client.serve("pool") as pool:        # starts a server if there is none
+    pool.mount("base", "/mnt")
+pool = pool_client.connect("pool")             # None if nobody serves it
+"""
+
+import os
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .device_mounts import DeviceMount
+from .errors import ArgumentError, BlocksnapError, BusyError, DeviceIOError, NotSupportedError, system_errors
+from .metadata import DELTA_RANGE, CheckReport, Finding
+from .pool_files import PathArgument, PoolFiles, Progress
+from .pool_protocol import PAYLOAD_BYTES, VERSION, Message, error_from, receive, send, socket_address
+from .pool_report import REVERSE_MAPPING, DeviceUsage, PoolStatus
+from .pool_service import mount_namespace
+from .thin_device import parse_device_size, require_name
+from .units import Size, parse_size
+from .user_pool import Buffer, PoolCounters
+
+__all__ = ["PoolClient", "RemoteDevice", "connect", "serve"]
+
+_FREEZE_SECONDS = 10.0
+_START_SECONDS = 10.0
+_RETRY_SECONDS = 0.02
+_MAX_LOG = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class _Description:
+    name: str
+    id: int
+    size: int
+    origin: str | None
+    created: int
+    labels: Mapping[str, str]
+
+
+class RemoteDevice:
+    """A thin device of a served pool."""
+
+    def __init__(self, pool: "PoolClient", description: _Description) -> None:
+        self._pool = pool
+        self._description = description
+
+    def __repr__(self) -> str:
+        return f"<RemoteDevice {self.name!r} id {self.id}>"
+
+    @property
+    def name(self) -> str:
+        return self._description.name
+
+    @property
+    def id(self) -> int:
+        return self._description.id
+
+    @property
+    def size(self) -> int:
+        """Size in bytes."""
+        return self._description.size
+
+    @property
+    def origin(self) -> str | None:
+        return self._description.origin
+
+    @property
+    def created(self) -> int:
+        """Time of creation in nanoseconds since 1970."""
+        return self._description.created
+
+    @property
+    def labels(self) -> Mapping[str, str]:
+        return MappingProxyType(dict(self._description.labels))
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return length bytes from offset on; holes read as zeros."""
+        buffer = bytearray(length)
+        self.read_into(offset, buffer)
+        return bytes(buffer)
+
+    def read_into(self, offset: int, buffer: Buffer) -> int:
+        """Fill a writable buffer from offset on; return the number of bytes."""
+        view = memoryview(buffer).cast("B")
+        for begin in range(0, len(view), PAYLOAD_BYTES):
+            part = view[begin : begin + PAYLOAD_BYTES]
+            part[:] = self._pool._ask("read", name=self.name, offset=offset + begin, length=len(part)).payload
+        return len(view)
+
+    def write(self, offset: int, buffer: Buffer) -> int:
+        """Write a buffer at offset; return the number of bytes."""
+        view = memoryview(buffer).cast("B")
+        for begin in range(0, len(view), PAYLOAD_BYTES):
+            part = view[begin : begin + PAYLOAD_BYTES]
+            self._pool._ask("write", name=self.name, offset=offset + begin, payload=part)
+        return len(view)
+
+    def discard(self, offset: int, length: int) -> None:
+        self._pool._ask("discard", name=self.name, offset=offset, length=length)
+
+    def flush(self) -> None:
+        self._pool._ask("flush", name=self.name)
+
+    def resize(self, size: Size) -> None:
+        self._pool._ask("resize", name=self.name, size=parse_device_size(size))
+        self._description = self._pool._describe(self.name)
+
+    def snapshot(
+        self, name: str, *, labels: Mapping[str, str] | None = None, freeze_timeout: float = _FREEZE_SECONDS
+    ) -> "RemoteDevice":
+        """Create a device that shares every block with this one; a mounted file system is frozen meanwhile.
+
+        DeviceIOError (ETIMEDOUT) when it could not be frozen within freeze_timeout seconds.
+        """
+        require_name(name)
+        made = self._pool._ask(
+            "snapshot", name=self.name, new=name, labels=dict(labels or {}), freeze_timeout=freeze_timeout
+        )
+        return self._pool._device(made.body["result"])
+
+    def set_labels(self, labels: Mapping[str, str]) -> None:
+        self._pool._ask("set_labels", name=self.name, labels=dict(labels))
+        self._description = self._pool._describe(self.name)
+
+    def delete(self) -> None:
+        self._pool._ask("delete", name=self.name)
+
+
+class PoolClient:
+    """A connection to the server of a pool. Methods may be called from any thread; they take turns."""
+
+    def __init__(self, directory: Path, connection: socket.socket) -> None:
+        """Read the greeting of a new connection and take it over; its owner closes it after an error."""
+        self.path = directory
+        self._connection = connection
+        self._lock = threading.Lock()
+        greeting = self._next()
+        self.server_pid: int = greeting.body["result"]["pid"]
+        if greeting.body["result"]["version"] != VERSION:
+            raise NotSupportedError(
+                f"pool {directory} is served by another version of blocksnap (process {self.server_pid}):"
+                " unmount what it has mounted, then it ends"
+            )
+
+    def close(self) -> None:
+        """Say good-bye; returns when the server has closed the pool, if this was all that kept it."""
+        with self._lock, self._connection, suppress(OSError, BlocksnapError):
+            send(self._connection, {"verb": "leave"})
+            if self._next().body["result"]:
+                self._connection.recv(1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<PoolClient {str(self.path)!r} of process {self.server_pid}>"
+
+    # ---- as Pool
+
+    @property
+    def closed(self) -> bool:
+        return self._connection.fileno() < 0
+
+    @property
+    def read_only(self) -> bool:
+        return self.status().read_only
+
+    def devices(self) -> list[RemoteDevice]:
+        """Return every thin device by name."""
+        return [self._device(described) for described in self._ask("devices").body["result"]]
+
+    def device(self, name: str) -> RemoteDevice:
+        """Return a thin device; DeviceNotFoundError if there is none of that name."""
+        return RemoteDevice(self, self._describe(name))
+
+    def create_device(
+        self, name: str, size: Size, *, labels: Mapping[str, str] | None = None
+    ) -> RemoteDevice:
+        """Create a thin device that reads as zeros and takes no space until it is written to."""
+        require_name(name)
+        made = self._ask("create_device", name=name, size=parse_device_size(size), labels=dict(labels or {}))
+        return self._device(made.body["result"])
+
+    def commit(self) -> None:
+        """Make everything written so far durable, in one commit for all devices."""
+        self._ask("commit")
+
+    def extend(
+        self,
+        *,
+        size: Size | None = None,
+        metadata_size: Size | None = None,
+        preallocate: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        """Grow data, metadata or both to new sizes."""
+        sizes = {
+            "size": None if size is None else parse_size(size),
+            "metadata_size": None if metadata_size is None else parse_size(metadata_size, "metadata size"),
+        }
+        self._ask("extend", progress=progress, preallocate=preallocate, **sizes)
+
+    def status(self) -> PoolStatus:
+        """Return sizes, numbers, flags and byte counters of the pool."""
+        found = self._ask("status").body["result"]
+        return PoolStatus(**{**found, "counters": PoolCounters(**found["counters"])})
+
+    def usage(self) -> list[DeviceUsage]:
+        """Return the mapped, exclusive and shared bytes of every thin device, by name."""
+        return [DeviceUsage(**one) for one in self._ask("usage").body["result"]]
+
+    def delta(self, left: RemoteDevice | str, right: RemoteDevice | str) -> NDArray[np.void]:
+        """Return where two devices differ, as Pool.delta does."""
+        found = self._ask("delta", left=_name(left), right=_name(right))
+        return np.frombuffer(found.payload, DELTA_RANGE)
+
+    def reverse_mappings(self, begin: int = 0, end: int | None = None) -> NDArray[np.void]:
+        """Return who uses the data blocks from begin to before end, as Pool.reverse_mappings does."""
+        return np.frombuffer(self._ask("reverse_mappings", begin=begin, end=end).payload, REVERSE_MAPPING)
+
+    def write_delta(self, left: RemoteDevice | str, right: RemoteDevice | str, output: int) -> None:
+        """Write to a file descriptor what `thin_delta` prints for two devices."""
+        with _regular_file(output) as file:
+            self._ask("write_delta", descriptor=file, left=_name(left), right=_name(right))
+
+    def dump(self, output: int) -> None:
+        """Write to a file descriptor what `thin_dump` prints."""
+        with _regular_file(output) as file:
+            self._ask("dump", descriptor=file)
+
+    def check(self) -> CheckReport:
+        """Prove every invariant of the metadata and recompute all counts."""
+        found = self._ask("check").body["result"]
+        return CheckReport(**{**found, "findings": tuple(Finding(*each) for each in found["findings"])})
+
+    # ---- what only a served pool can do
+
+    def mounts(self) -> list[DeviceMount]:
+        """Return what is mounted, by device."""
+        return [DeviceMount(**one) for one in self._ask("mounts").body["result"]]
+
+    def mount(
+        self, device: RemoteDevice | str, target: PathArgument, *, read_only: bool = False, options: str = ""
+    ) -> DeviceMount:
+        """Mount a device at a directory until `umount`, beyond the end of this process.
+
+        A device that is mounted there already stays as it is; BusyError when it is mounted elsewhere.
+        """
+        done = self._ask(
+            "mount",
+            name=_name(device),
+            target=os.path.abspath(target),
+            read_only=read_only,
+            options=options,
+            namespace=mount_namespace(),
+        )
+        return DeviceMount(**done.body["result"])
+
+    def umount(self, device: RemoteDevice | str, *, lazy: bool = False) -> None:
+        """Unmount a device; lazy takes it out of sight and ends it with its last user."""
+        self._ask("umount", name=_name(device), lazy=lazy)
+
+    def make_file_system(self, device: RemoteDevice | str, kind: str = "ext4") -> None:
+        """Make an empty file system on a device: all that was on it is lost."""
+        self._ask("make_file_system", name=_name(device), kind=kind)
+
+    def figures(self, device: RemoteDevice | str) -> dict[str, int] | None:
+        """Return the bytes that the pool wrote since a device was made, None if it is older than the server.
+
+        filesystem_bytes are those of the device's own file system, the rest is of the whole pool.
+        """
+        found: dict[str, int] | None = self._ask("figures", name=_name(device)).body["result"]
+        return found
+
+    # ---- how
+
+    def _device(self, described: dict[str, Any]) -> RemoteDevice:
+        return RemoteDevice(self, _Description(**described))
+
+    def _describe(self, name: str) -> _Description:
+        return _Description(**self._ask("device", name=name).body["result"])
+
+    def _ask(
+        self,
+        verb: str,
+        *,
+        payload: Any = b"",
+        descriptor: int | None = None,
+        progress: Progress | None = None,
+        **arguments: Any,
+    ) -> Message:
+        with self._lock, self._named_loss():
+            if self.closed:
+                raise ArgumentError(
+                    f"the connection to the server of pool {self.path} is closed: open it again"
+                )
+            send(self._connection, {"verb": verb, "arguments": arguments}, payload, descriptor)
+            while True:
+                answer = self._next()
+                if "progress" not in answer.body:
+                    return answer
+                if progress is not None:
+                    progress(*answer.body["progress"])
+
+    def _next(self) -> Message:
+        answer = receive(self._connection)
+        if answer is None:
+            raise ConnectionResetError
+        if "error" in answer.body:
+            raise error_from(answer.body["error"])
+        return answer
+
+    @contextmanager
+    def _named_loss(self) -> Iterator[None]:
+        try:
+            yield
+        except (ConnectionError, TimeoutError):
+            self._connection.close()
+            raise DeviceIOError(
+                f"the server of pool {self.path} (process {self.server_pid}) has ended:"
+                f" see {_log_path(self.path)}"
+            ) from None
+
+
+def _name(device: RemoteDevice | str) -> str:
+    return device if isinstance(device, str) else device.name
+
+
+def _log_path(directory: Path) -> Path:
+    return directory / "server.log"
+
+
+@contextmanager
+def _regular_file(output: int) -> Iterator[int]:
+    """Give a regular file, whose content ends up in output: the server must not wait for a pipe's reader."""
+    if stat.S_ISREG(os.fstat(output).st_mode):
+        yield output
+        return
+    with tempfile.TemporaryFile() as file:
+        yield file.fileno()
+        file.seek(0)
+        with os.fdopen(os.dup(output), "wb") as target:
+            shutil.copyfileobj(file, target, PAYLOAD_BYTES)
+
+
+def connect(path: PathArgument) -> PoolClient | None:
+    """Connect to the server of the pool in a directory; None when there is none."""
+    directory = Path(os.path.abspath(path))
+    try:
+        connection = _connection(directory)
+    except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
+        return None
+    try:
+        return PoolClient(directory, connection)
+    except (ConnectionError, BrokenPipeError):  # it is about to end
+        connection.close()
+        return None
+    except BaseException:
+        connection.close()
+        raise
+
+
+def _connection(directory: Path) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        with socket_address(directory) as address:
+            connection.connect(address)
+    except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
+        connection.close()
+        raise
+    except OSError:
+        connection.close()
+        with system_errors(str(directory / "socket")):
+            raise
+    return connection
+
+
+def serve(path: PathArgument) -> PoolClient:
+    """Connect to the server of the pool in a directory; start one that stays until nobody needs it.
+
+    Raises what opening the pool raises: BusyError when another process has it open.
+    """
+    directory = Path(os.path.abspath(path))
+    PoolFiles.locate(directory).require()
+    deadline = time.monotonic() + _START_SECONDS
+    while True:
+        client = connect(directory)
+        if client is not None:
+            return client
+        try:
+            return _start(directory)
+        except (BusyError, ConnectionError) as error:
+            # Somebody else was faster, or a server is about to end.
+            is_served = (directory / "socket").exists()
+            if time.monotonic() > deadline or (isinstance(error, BusyError) and not is_served):
+                raise
+            time.sleep(_RETRY_SECONDS)
+
+
+def _start(directory: Path) -> PoolClient:
+    ours, theirs = socket.socketpair()
+    try:
+        with theirs, system_errors(str(directory)), _open_log(_log_path(directory)) as log:
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "blocksnap.pool_server", str(directory), str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,
+                cwd="/",
+            )
+        # It outlives this process or not; a thread that waits leaves no zombie.
+        threading.Thread(target=process.wait, daemon=True).start()
+        return PoolClient(directory, ours)
+    except ConnectionError:
+        ours.close()
+        raise BlocksnapError(
+            f"the server of pool {directory} ended while it started: see {_log_path(directory)}"
+        ) from None
+    except BaseException:
+        ours.close()
+        raise
+
+
+def _open_log(path: Path) -> Any:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    if os.fstat(descriptor).st_size > _MAX_LOG:
+        os.ftruncate(descriptor, 0)
+    return os.fdopen(descriptor, "ab")

@@ -157,3 +157,32 @@ def test_full_file_system_leaves_no_layer(xfs: Path) -> None:
     assert driver.layers() == ["base"]
     assert os.listdir(driver.root / "vfs") == ["base"]
     assert isinstance(drivers.open("vfs", driver.root), VfsDriver)
+
+
+def test_tree_deeper_than_any_path_is_copied_counted_and_removed(driver: VfsDriver) -> None:
+    driver.create("base")
+    with driver.mounted("base") as root:
+        descriptor = os.open(root, os.O_RDONLY)
+        for _ in range(1500):
+            os.mkdir("x" * 90, dir_fd=descriptor)
+            below = os.open("x" * 90, os.O_RDONLY, dir_fd=descriptor)
+            os.close(descriptor)
+            descriptor = below
+        os.close(descriptor)
+    driver.create("child", "base")
+    assert (driver.accounting("child").allocated_bytes or 0) >= 1500 * 4096
+    driver.remove("child")
+    driver.remove("base")
+    assert os.listdir(driver.root / "vfs") == []
+
+
+def test_file_that_its_owner_may_not_read_is_copied(driver: VfsDriver) -> None:
+    driver.create("base")
+    with driver.mounted("base") as root:
+        (root / "shadow").write_text("secret")
+        (root / "shadow").chmod(0)
+    driver.create("child", "base")
+    with driver.mounted("child") as root:
+        assert stat.S_IMODE((root / "shadow").stat().st_mode) == 0
+        (root / "shadow").chmod(0o600)
+        assert (root / "shadow").read_text() == "secret"

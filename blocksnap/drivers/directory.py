@@ -6,12 +6,11 @@ lock).
 """
 
 import os
-import shutil
-import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..archive.confined import Root, identity, walk
 from ..mount import mount_table
 from .root import fsync_directory, write_durable
 
@@ -72,42 +71,23 @@ def _fsync_file(path: str) -> None:
 
 def remove_tree(path: Path) -> None:
     """Remove a directory tree, its unwritable directories too; one that is not there is no error."""
-
-    def open_up(
-        function: Callable[..., object], failed: str, reason: tuple[object, BaseException, object]
-    ) -> None:
-        error = reason[1]
-        if isinstance(error, FileNotFoundError):
-            return
-        if not isinstance(error, PermissionError):
-            raise error
-        for directory in (Path(failed).parent, Path(failed)):
-            if stat.S_ISDIR(directory.lstat().st_mode):
-                directory.chmod(0o700)
-        if function is os.unlink or function is os.rmdir:
-            function(failed)
-        else:
-            shutil.rmtree(failed)
-
-    shutil.rmtree(path, onerror=open_up)
+    try:
+        path.chmod(0o700)
+    except FileNotFoundError:
+        return
+    with Root.open(path) as root:
+        for visit in walk(root.descriptor, loosen=True):
+            if visit.leaving:
+                os.rmdir(visit.name, dir_fd=visit.directory)
+            elif not visit.is_directory:
+                os.unlink(visit.name, dir_fd=visit.directory)
+    path.rmdir()
 
 
 def allocated_bytes(path: Path) -> int:
-    """Return the space that a tree takes, each inode once."""
-    total, seen = 0, set()
-    stack = [path]
-    while stack:
-        directory = stack.pop()
-        for entry in os.scandir(directory):
-            info = entry.stat(follow_symlinks=False)
-            if info.st_nlink > 1 and not stat.S_ISDIR(info.st_mode):
-                if (info.st_dev, info.st_ino) in seen:
-                    continue
-                seen.add((info.st_dev, info.st_ino))
-            total += info.st_blocks * 512
-            if stat.S_ISDIR(info.st_mode):
-                stack.append(Path(entry.path))
-    return total
+    """Return the space that what is in a directory takes, each inode once."""
+    with Root.open(path) as root:
+        return sum({identity(v.status): v.status.st_blocks * 512 for v in walk(root.descriptor)}.values())
 
 
 def backing_filesystem(path: Path) -> str:

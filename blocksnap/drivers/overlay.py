@@ -19,11 +19,13 @@ import re
 import secrets
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import ClassVar
 
 from .. import mount
+from ..archive.confined import Root, descriptor_path, walk
+from ..archive.names import Parts
 from ..errors import BusyError, NotSupportedError
 from .base import Accounting, Driver, check_id, is_root
 from .directory import LayerDirectory, allocated_bytes, backing_filesystem
@@ -106,7 +108,8 @@ class OverlayDriver(Driver):
         self._check_known(id)
         upper = self._layers.path / id / "diff"
         lowers = self._lower_directories(id)
-        copied = sum(_copied_bytes(upper, path, lowers) for path in _copied_up(upper))
+        sizes = ((_size_below(lowers, parts), size) for parts, size in _copied_up(upper))
+        copied = sum(now if below is None else below for below, now in sizes)
         return Accounting(copy_bytes=copied, allocated_bytes=allocated_bytes(upper))
 
     # ---- layers ----------------------------------------------------------------------------------
@@ -227,28 +230,25 @@ class OverlayDriver(Driver):
         return [(self._links / name).resolve() for name in self._lowers(id)]
 
 
-def _copied_up(upper: Path) -> Iterator[Path]:
-    """Yield the regular files that overlayfs copied up, which it marks, relative to the upper directory."""
-    for directory, _, names in os.walk(upper):
-        for name in names:
-            path = Path(directory, name)
-            if stat.S_ISREG(path.lstat().st_mode) and "trusted.overlay.origin" in os.listxattr(path):
-                yield path.relative_to(upper)
+def _copied_up(upper: Path) -> Iterator[tuple[Parts, int]]:
+    """Yield the regular files that overlayfs copied up, which it marks, and their present sizes."""
+    with Root.open(upper) as root:
+        for visit in walk(root.descriptor):
+            if stat.S_ISREG(visit.status.st_mode):
+                path = descriptor_path(visit.directory, visit.name)
+                if "trusted.overlay.origin" in os.listxattr(path, follow_symlinks=False):
+                    yield visit.parts, visit.status.st_size
 
 
-def _copied_bytes(upper: Path, path: Path, lowers: list[Path]) -> int:
-    found = next((size for lower in lowers if (size := _size_in(lower, path)) is not None), None)
-    return (upper / path).lstat().st_size if found is None else found
-
-
-def _size_in(lower: Path, path: Path) -> int | None:
-    """Return the size of a regular file of a lower directory, None when there is none; follow no link."""
-    place = lower
-    for part in path.parts:
-        if not stat.S_ISDIR(place.lstat().st_mode):
-            return None
-        place = place / part
-        if not os.path.lexists(place):
-            return None
-    info = place.lstat()
-    return info.st_size if stat.S_ISREG(info.st_mode) else None
+def _size_below(lowers: list[Path], parts: Parts) -> int | None:
+    """Return the size that a regular file has in the nearest lower directory, None when it is in none."""
+    for lower in lowers:
+        with Root.open(lower) as root, suppress(OSError):
+            directory = root.open_directory(parts[:-1])
+            try:
+                info = os.stat(parts[-1], dir_fd=directory, follow_symlinks=False)
+            finally:
+                os.close(directory)
+            if stat.S_ISREG(info.st_mode):
+                return info.st_size
+    return None

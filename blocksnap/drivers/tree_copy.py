@@ -1,6 +1,6 @@
 """Copy a tree with everything that a layer can hold: links, holes, devices, owners, modes, xattrs, times.
 
-Files are reached by directory descriptors and never through a symbolic link, so that a tree which somebody
+Both trees are walked by descriptors, never through a symbolic link and however deep: a tree that somebody
 still writes to cannot lead the copy outside. Contents move inside the kernel: with reflink by FICLONE,
 without by sendfile, since copy_file_range shares blocks of its own accord on btrfs and XFS and would make a
 full copy look free.
@@ -12,83 +12,92 @@ import os
 import stat
 from pathlib import Path
 
+from ..archive.confined import Identity, Root, Visit, descriptor_path, identity, open_entry, walk
+from ..archive.names import Parts
+
 __all__ = ["copy_attributes", "copy_tree"]
 
 _FICLONE = 0x40049409
 _NOT_CLONABLE = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY)
+_OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def copy_tree(source: Path, target: Path, *, reflink: bool) -> int:
     """Copy a directory's contents and attributes to an empty one; return the bytes of contents copied."""
-    return _TreeCopy(target, reflink=reflink).run(source)
+    with Root.open(source) as old, Root.open(target) as new:
+        copied = _TreeCopy(new, reflink=reflink).run(old)
+    copy_attributes(source, target)
+    return copied
 
 
 class _TreeCopy:
-    def __init__(self, target: Path, *, reflink: bool) -> None:
-        self._target = target
+    """One open directory of the target, which follows the walk through the source."""
+
+    def __init__(self, target: Root, *, reflink: bool) -> None:
+        self._root = target
         self._reflink = reflink
-        self._links: dict[tuple[int, int], Path] = {}
+        self._place: Parts = ()
+        self._directory = os.open(".", _OPEN_DIRECTORY, dir_fd=target.descriptor)
+        self._links: dict[Identity, Parts] = {}
         self._copied = 0
 
-    def run(self, source: Path) -> int:
-        from_fd = os.open(source, os.O_RDONLY | os.O_DIRECTORY)
+    def run(self, source: Root) -> int:
         try:
-            to_fd = os.open(self._target, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                self._directory(from_fd, to_fd, Path())
-                copy_attributes(source, self._target)
-            finally:
-                os.close(to_fd)
+            for visit in walk(source.descriptor):
+                self._move(visit.parts[:-1])
+                self._copy(visit)
         finally:
-            os.close(from_fd)
+            os.close(self._directory)
         return self._copied
 
-    def _directory(self, from_fd: int, to_fd: int, path: Path) -> None:
-        with os.scandir(from_fd) as entries:
-            names = [entry.name for entry in entries]
-        for name in names:
-            info = os.stat(name, dir_fd=from_fd, follow_symlinks=False)
-            if stat.S_ISDIR(info.st_mode):
-                self._subdirectory(name, from_fd, to_fd, path / name)
-            elif not self._link(name, info, to_fd, path / name):
-                self._node(name, info, from_fd, to_fd)
-            else:
-                continue
-            copy_attributes(_at(from_fd, name), _at(to_fd, name))
+    def _move(self, parts: Parts) -> None:
+        while len(self._place) > len(parts):
+            self._enter("..", self._place[:-1])
+        if len(self._place) < len(parts):
+            self._enter(parts[-1], parts)
 
-    def _subdirectory(self, name: str, from_fd: int, to_fd: int, path: Path) -> None:
-        os.mkdir(name, 0o700, dir_fd=to_fd)
-        inner_from = _open_directory(name, from_fd)
-        try:
-            inner_to = _open_directory(name, to_fd)
-            try:
-                self._directory(inner_from, inner_to, path)
-            finally:
-                os.close(inner_to)
-        finally:
-            os.close(inner_from)
+    def _enter(self, name: str, parts: Parts) -> None:
+        below = os.open(name, _OPEN_DIRECTORY, dir_fd=self._directory)
+        os.close(self._directory)
+        self._directory, self._place = below, parts
 
-    def _link(self, name: str, info: os.stat_result, to_fd: int, path: Path) -> bool:
-        if info.st_nlink < 2:
+    def _copy(self, visit: Visit) -> None:
+        if visit.is_directory and not visit.leaving:
+            os.mkdir(visit.name, 0o700, dir_fd=self._directory)
+            return  # attributes follow when all that is in it was made
+        if not visit.leaving and not self._make(visit):
+            return
+        source = descriptor_path(visit.directory, visit.name)
+        copy_attributes(source, descriptor_path(self._directory, visit.name))
+
+    def _make(self, visit: Visit) -> bool:
+        """Make what is no directory; False when it is a further link to an inode that has all it needs."""
+        kind = stat.S_IFMT(visit.status.st_mode)
+        first = self._links.setdefault(identity(visit.status), visit.parts)
+        if first != visit.parts and visit.status.st_nlink > 1:
+            self._link(first, visit.name)
             return False
-        first = self._links.setdefault((info.st_dev, info.st_ino), path)
-        if first == path:
-            return False
-        os.link(self._target / first, name, dst_dir_fd=to_fd, follow_symlinks=False)
+        if kind == stat.S_IFREG:
+            self._copy_file(visit)
+        elif kind == stat.S_IFLNK:
+            target = os.readlink(visit.name, dir_fd=visit.directory)
+            os.symlink(target, visit.name, dir_fd=self._directory)
+        else:
+            os.mknod(visit.name, kind | 0o600, visit.status.st_rdev, dir_fd=self._directory)
         return True
 
-    def _node(self, name: str, info: os.stat_result, from_fd: int, to_fd: int) -> None:
-        if stat.S_ISREG(info.st_mode):
-            self._file(name, from_fd, to_fd)
-        elif stat.S_ISLNK(info.st_mode):
-            os.symlink(os.readlink(name, dir_fd=from_fd), name, dir_fd=to_fd)
-        else:
-            os.mknod(name, stat.S_IFMT(info.st_mode) | 0o600, info.st_rdev, dir_fd=to_fd)
-
-    def _file(self, name: str, from_fd: int, to_fd: int) -> None:
-        source = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=from_fd)
+    def _link(self, first: Parts, name: str) -> None:
+        directory = self._root.open_directory(first[:-1])
         try:
-            target = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=to_fd)
+            os.link(first[-1], name, src_dir_fd=directory, dst_dir_fd=self._directory, follow_symlinks=False)
+        finally:
+            os.close(directory)
+
+    def _copy_file(self, visit: Visit) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        source = _open_file(visit)
+        try:
+            target = os.open(visit.name, flags, 0o600, dir_fd=self._directory)
             try:
                 if not (self._reflink and _clone(source, target)):
                     self._copied += _copy_contents(source, target)
@@ -98,13 +107,21 @@ class _TreeCopy:
             os.close(source)
 
 
-def _open_directory(name: str, parent: int) -> int:
-    return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
-
-
-def _at(directory: int, name: str) -> str:
-    # The xattr calls take no dir_fd; a path through the descriptor follows no link but the kernel's own.
-    return f"/proc/self/fd/{directory}/{name}"
+def _open_file(visit: Visit) -> int:
+    """Open a file for reading; an owner who may not read it (mode 0) allows it to himself for that moment."""
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        return os.open(visit.name, flags | os.O_NOFOLLOW, dir_fd=visit.directory)
+    except PermissionError:
+        if visit.status.st_uid != os.geteuid():
+            raise
+    with open_entry(visit.directory, visit.name, os.O_PATH) as handle:
+        path, mode = descriptor_path(handle), stat.S_IMODE(visit.status.st_mode)
+        os.chmod(path, mode | stat.S_IRUSR)
+        try:
+            return os.open(path, flags)
+        finally:
+            os.chmod(path, mode)
 
 
 def _clone(source: int, target: int) -> bool:
@@ -147,8 +164,7 @@ def _send(source: int, target: int, begin: int, end: int) -> int:
 
 def copy_attributes(source: str | Path, target: str | Path, *, without: str | None = None) -> None:
     """Give one inode the attributes of another, but for xattrs whose names start with `without`."""
-    # In this order: a change of owner clears setuid bits and capabilities, and everything moves the change
-    # time only.
+    # In this order: a change of owner clears setuid bits and capabilities, and all of it moves ctime alone.
     info = os.stat(source, follow_symlinks=False)
     fresh = os.stat(target, follow_symlinks=False)
     if (info.st_uid, info.st_gid) != (fresh.st_uid, fresh.st_gid):

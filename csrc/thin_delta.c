@@ -36,6 +36,7 @@ struct cursor {
 	bool root_pending;
 	int depth;
 	int leaf_depth;
+	int height; /* of the tree, up to an offset that both cursors have */
 	struct cursor_level levels[BTREE_MAX_DEPTH];
 };
 
@@ -55,37 +56,58 @@ static int read_node(const struct cursor *c, uint64_t block, struct disk_node *r
 	return err ? err : metadata_node_check(c->r, ret, block, sizeof(uint64_t));
 }
 
-/* The height is needed before the first comparison: follow the path to one leaf. */
-static int cursor_init(struct cursor *c, const struct metadata_reader *r, uint64_t root, uint64_t begin)
+static void cursor_init(struct cursor *c, const struct metadata_reader *r, uint64_t root, uint64_t begin)
 {
-	uint64_t block = root;
-
 	memset(c, 0, offsetof(struct cursor, levels));
 	c->r = r;
 	c->root = root;
 	c->begin = begin;
 	c->root_pending = true;
-	for (int depth = 1; depth <= BTREE_MAX_DEPTH; depth++) {
-		struct disk_node *node = &c->levels[0].node;
-		int err = read_node(c, block, node);
+}
 
-		if (err)
-			return err;
-		if (node_is_leaf(node)) {
-			c->leaf_depth = depth;
-			return 0;
-		}
-		block = node_value64(node, node_child_index(node, begin));
+/* One step down the path to the wanted begin: block becomes the child, or ret_leaf is set. */
+static int measure_step(struct cursor *c, uint64_t *block, bool *ret_leaf)
+{
+	struct disk_node *node = &c->levels[0].node;
+	int err = c->height == BTREE_MAX_DEPTH
+			  ? bs_fail(-EILSEQ, "%sthe tree of block %" PRIu64 " is deeper than %d nodes",
+				    c->r->prefix, c->root, BTREE_MAX_DEPTH)
+			  : read_node(c, *block, node);
+
+	if (err)
+		return err;
+	c->height++;
+	*ret_leaf = node_is_leaf(node);
+	if (!*ret_leaf)
+		*block = node_value64(node, node_child_index(node, c->begin));
+	return 0;
+}
+
+/* The difference of the heights is needed before the first comparison: follow both paths until they meet, or
+ * to the leaves. */
+static int measure_heights(struct cursor *left, struct cursor *right)
+{
+	uint64_t left_block = left->root, right_block = right->root;
+	bool left_leaf = false, right_leaf = false;
+	int err = 0;
+
+	while (!err && !(left_leaf && right_leaf) && left_block != right_block) {
+		if (!left_leaf)
+			err = measure_step(left, &left_block, &left_leaf);
+		if (!err && !right_leaf)
+			err = measure_step(right, &right_block, &right_leaf);
 	}
-	return bs_fail(-EILSEQ, "%sthe tree of block %" PRIu64 " is deeper than %d nodes", r->prefix, root,
-		BTREE_MAX_DEPTH);
+	/* Where one side had read the leaf that the other came to, the other still has to count it. */
+	left->height += right_leaf && !left_leaf;
+	right->height += left_leaf && !right_leaf;
+	return err;
 }
 
 /* Leave nodes that are used up, then tell what comes next. */
 static struct next cursor_next(struct cursor *c)
 {
 	if (c->root_pending)
-		return (struct next){NEXT_SUBTREE, 0, c->root, c->leaf_depth};
+		return (struct next){NEXT_SUBTREE, 0, c->root, c->height};
 	while (c->depth > 0) {
 		struct cursor_level *level = &c->levels[c->depth - 1];
 
@@ -95,7 +117,7 @@ static struct next cursor_next(struct cursor *c)
 
 			if (node_is_leaf(&level->node))
 				return (struct next){NEXT_MAPPING, key, mapping_block(value), 0};
-			return (struct next){NEXT_SUBTREE, key, value, c->leaf_depth - c->depth};
+			return (struct next){NEXT_SUBTREE, key, value, c->height - c->depth};
 		}
 		c->depth--;
 	}
@@ -308,9 +330,11 @@ static int delta_init(
 
 	if (!err)
 		err = metadata_device_root(r, right, &right_root);
-	if (!err)
-		err = cursor_init(&d->left, r, left_root, begin);
-	return err ? err : cursor_init(&d->right, r, right_root, begin);
+	if (err)
+		return err;
+	cursor_init(&d->left, r, left_root, begin);
+	cursor_init(&d->right, r, right_root, begin);
+	return measure_heights(&d->left, &d->right);
 }
 
 /* ---- public functions */

@@ -11,6 +11,7 @@ from tests.images import (
     small_unpacked,
 )
 from tests.layer_roots import layer_root, users_root
+from tests.layouts import layout
 
 __all__ = [
     "debian_docker_archive",
@@ -18,6 +19,7 @@ __all__ = [
     "debian_unpacked",
     "image_cache",
     "layer_root",
+    "layout",
     "small_docker_archive",
     "small_oci_archive",
     "small_oci_layout",

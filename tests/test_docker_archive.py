@@ -120,12 +120,20 @@ def test_a_damaged_layer_of_docker_save_is_a_digest_error(saved: Saved, tmp_path
             unpack(path, tmp_path / str(at))
 
 
-@pytest.mark.parametrize(
-    "data",
-    [b"", b"not an archive\n" * 100, tar(file(b"a", b"x")), gzip.compress(b"x"), b"\x1f\x8bxx", bytes(2048)],
-)
-def test_what_is_no_image_is_refused_in_one_line(data: bytes, tmp_path: Path) -> None:
-    (tmp_path / "image").write_bytes(data)
+NO_IMAGES = {
+    "empty": b"",
+    "text": b"not an archive\n" * 100,
+    "tar of something": tar(file(b"a", b"x")),
+    "gzip of something": gzip.compress(b"x"),
+    "damaged gzip": b"\x1f\x8bxx",
+    "damaged zstd": b"\x28\xb5\x2f\xfdxx",
+    "end mark": bytes(2048),
+}
+
+
+@pytest.mark.parametrize("name", NO_IMAGES)
+def test_what_is_no_image_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    (tmp_path / "image").write_bytes(NO_IMAGES[name])
     with pytest.raises(ImageError) as caught:
         oci.open_image(tmp_path / "image")
     assert "\n" not in str(caught.value)

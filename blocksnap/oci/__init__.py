@@ -8,12 +8,20 @@ from pathlib import Path
 from ..errors import ImageError
 from .docker_archive import is_docker_archive, read_docker_archive
 from .export import LayoutWriter, write_layout
-from .layer import LayerSource, LayerStream
+from .layer import Compression, LayerSource, LayerStream
 from .layout import is_layout, read_layout
 from .source import ImageSource
 from .store import Store, open_store
 
-__all__ = ["ImageSource", "LayerSource", "LayerStream", "LayoutWriter", "open_image", "write_layout"]
+__all__ = [
+    "Compression",
+    "ImageSource",
+    "LayerSource",
+    "LayerStream",
+    "LayoutWriter",
+    "open_image",
+    "write_layout",
+]
 
 
 def open_image(path: str | Path, reference: str | None = None) -> ImageSource:

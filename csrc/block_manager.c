@@ -1,6 +1,7 @@
 /*
- * A hash table of blocks, chained; clean blocks also hang in one list by last use. Dirty blocks stay until they are
- * written or forgotten: a transaction's size bounds them, and the engine commits at least once a second.
+ * A hash table of blocks, chained; clean blocks also hang in one list by last use. Dirty blocks stay until
+ * they are written or forgotten: a transaction's size bounds them, and the engine commits at least once a
+ * second.
  */
 #include "block_manager.h"
 
@@ -46,10 +47,13 @@ int block_verify(const void *data, uint64_t nr, const struct bm_validator *valid
 	uint32_t csum = block_checksum(data, validator->salt);
 
 	if (le32_get(head->csum) != csum)
-		return bs_fail(-EILSEQ, "metadata block %" PRIu64 " (%s): checksum is 0x%08x, expected 0x%08x: run pool check",
+		return bs_fail(-EILSEQ,
+			"metadata block %" PRIu64
+			" (%s): checksum is 0x%08x, expected 0x%08x: run pool check",
 			nr, validator->name, le32_get(head->csum), csum);
 	if (le64_get(head->blocknr) != nr)
-		return bs_fail(-ENOTBLK, "metadata block %" PRIu64 " (%s) carries number %" PRIu64 ": run pool check", nr,
+		return bs_fail(-ENOTBLK,
+			"metadata block %" PRIu64 " (%s) carries number %" PRIu64 ": run pool check", nr,
 			validator->name, le64_get(head->blocknr));
 	return validator->check ? validator->check(data, nr) : 0;
 }
@@ -181,13 +185,15 @@ static void drop(struct block_manager *bm, struct bm_block *b)
 	free(b);
 }
 
-int bm_read(struct block_manager *bm, uint64_t nr, const struct bm_validator *validator, struct bm_block **ret)
+int bm_read(
+	struct block_manager *bm, uint64_t nr, const struct bm_validator *validator, struct bm_block **ret)
 {
 	struct bm_block *b = find(bm, nr);
 
 	if (b) {
 		if (b->validator != validator)
-			return bs_fail(-EUCLEAN, "metadata block %" PRIu64 " is used as %s and as %s: run pool check", nr,
+			return bs_fail(-EUCLEAN,
+				"metadata block %" PRIu64 " is used as %s and as %s: run pool check", nr,
 				b->validator->name, validator->name);
 		if (!b->dirty) {
 			lru_remove(b);
@@ -197,8 +203,10 @@ int bm_read(struct block_manager *bm, uint64_t nr, const struct bm_validator *va
 		return 0;
 	}
 	if (nr == 0 || nr >= bm->nr_blocks)
-		return bs_fail(-EUCLEAN, "metadata block %" PRIu64 " (%s) is outside the metadata device of %" PRIu64
-			" blocks: run pool check", nr, validator->name, bm->nr_blocks);
+		return bs_fail(-EUCLEAN,
+			"metadata block %" PRIu64 " (%s) is outside the metadata device of %" PRIu64
+			" blocks: run pool check",
+			nr, validator->name, bm->nr_blocks);
 	b = add(bm, nr, validator);
 	if (!b)
 		return bs_fail(-ENOMEM, "out of memory");

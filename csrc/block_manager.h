@@ -1,10 +1,11 @@
 /*
- * Cache of metadata blocks over io: reads are validated once, written blocks get checksum and block number at write.
+ * Cache of metadata blocks over io: reads are validated once, written blocks get checksum and block number at
+ * write.
  *
- * Not thread-safe: the owner serialises. A pointer from bm_read or bm_new stays valid until bm_trim, bm_forget of that
- * block, bm_reset or bm_destroy: callers trim only between operations, so no reference counts are needed.
- * Every dirty block was allocated in the running transaction (metadata is never updated in place), hence dirty is also
- * the transaction manager's "may be changed in place".
+ * Not thread-safe: the owner serialises. A pointer from bm_read or bm_new stays valid until bm_trim,
+ * bm_forget of that block, bm_reset or bm_destroy: callers trim only between operations, so no reference
+ * counts are needed. Every dirty block was allocated in the running transaction (metadata is never updated in
+ * place), hence dirty is also the transaction manager's "may be changed in place".
  */
 #ifndef BS_BLOCK_MANAGER_H
 #define BS_BLOCK_MANAGER_H
@@ -41,12 +42,15 @@ uint64_t bm_nr_blocks(const struct block_manager *bm);
 void bm_set_nr_blocks(struct block_manager *bm, uint64_t nr_blocks);
 
 /* -EILSEQ wrong checksum or content, -ENOTBLK other block's number, -EUCLEAN beyond the device. */
-int bm_read(struct block_manager *bm, uint64_t nr, const struct bm_validator *validator, struct bm_block **ret);
+int bm_read(
+	struct block_manager *bm, uint64_t nr, const struct bm_validator *validator, struct bm_block **ret);
 /* A zeroed, dirty block; whatever was cached for nr is dropped. */
-int bm_new(struct block_manager *bm, uint64_t nr, const struct bm_validator *validator, struct bm_block **ret);
+int bm_new(
+	struct block_manager *bm, uint64_t nr, const struct bm_validator *validator, struct bm_block **ret);
 /* Drop a block from the cache without writing it. */
 void bm_forget(struct block_manager *bm, uint64_t nr);
-/* Seal and write every dirty block, neighbours in one call. They stay cached, clean, only if all were written. */
+/* Seal and write every dirty block, neighbours in one call. They stay cached, clean, only if all were
+ * written. */
 int bm_write_dirty(struct block_manager *bm, uint64_t *ret_bytes);
 uint64_t bm_nr_dirty(const struct block_manager *bm);
 void bm_trim(struct block_manager *bm);

@@ -1,13 +1,15 @@
 /*
- * Every prototype of the C core that Python sees: one copy, included by the C compiler through blocksnap.h and read by
- * cffi. Offsets, lengths and sizes are bytes unless the name says blocks or sectors. Functions return 0 or a useful
- * count, a negative errno on failure; bs_last_error() then holds the message (thread-local). Python owns every buffer,
- * C owns the opaque handles. Every call may run on any thread; cffi drops the GIL around each.
+ * Every prototype of the C core that Python sees: one copy, included by the C compiler through blocksnap.h
+ * and read by cffi. Offsets, lengths and sizes are bytes unless the name says blocks or sectors. Functions
+ * return 0 or a useful count, a negative errno on failure; bs_last_error() then holds the message
+ * (thread-local). Python owns every buffer, C owns the opaque handles. Every call may run on any thread; cffi
+ * drops the GIL around each.
  */
 
 const char *bs_last_error(void);
 
-/* ---- thin pool, user engine (thin_io.c) ---------------------------------------------------------------------- */
+/* ---- thin pool, user engine (thin_io.c)
+ * ---------------------------------------------------------------------- */
 
 struct bs_pool;
 struct bs_device;
@@ -35,19 +37,19 @@ struct bs_pool_status {
 
 /* Bytes since the pool was opened; each is counted where it is written to (or read from) the backing. */
 struct bs_pool_counters {
-	uint64_t application_bytes;	  /* written by callers of bs_device_write */
-	uint64_t application_read_bytes;  /* asked for by callers of bs_device_read */
-	uint64_t zero_filled_bytes;	  /* written to fill a partly written new block */
-	uint64_t copied_bytes;		  /* written only because sharing was broken */
-	uint64_t read_for_copy_bytes;	  /* read only because sharing was broken */
-	uint64_t metadata_bytes;	  /* metadata blocks and superblocks written */
-	uint64_t padding_bytes;		  /* written again to fill a sector of direct I/O */
-	uint64_t discarded_bytes;	  /* unmapped by discard */
-	uint64_t blocks_provisioned;	  /* holes that got a data block */
-	uint64_t blocks_copied;		  /* sharing broken with a copy */
-	uint64_t blocks_overwritten;	  /* sharing broken by a write that covers the block: nothing copied */
-	uint64_t commits;		  /* superblocks written */
-	uint64_t flushes;		  /* flush requests, several of which may share a commit */
+	uint64_t application_bytes;      /* written by callers of bs_device_write */
+	uint64_t application_read_bytes; /* asked for by callers of bs_device_read */
+	uint64_t zero_filled_bytes;      /* written to fill a partly written new block */
+	uint64_t copied_bytes;           /* written only because sharing was broken */
+	uint64_t read_for_copy_bytes;    /* read only because sharing was broken */
+	uint64_t metadata_bytes;         /* metadata blocks and superblocks written */
+	uint64_t padding_bytes;          /* written again to fill a sector of direct I/O */
+	uint64_t discarded_bytes;        /* unmapped by discard */
+	uint64_t blocks_provisioned;     /* holes that got a data block */
+	uint64_t blocks_copied;          /* sharing broken with a copy */
+	uint64_t blocks_overwritten;     /* sharing broken by a write that covers the block: nothing copied */
+	uint64_t commits;                /* superblocks written */
+	uint64_t flushes;                /* flush requests, several of which may share a commit */
 };
 
 struct bs_device_info {
@@ -65,24 +67,26 @@ struct bs_mapping {
 	uint64_t time;
 };
 
-/* Write an empty pool: metadata and data must exist and be large enough. Refuses a metadata device whose first block
- * is not zero with -EEXIST. data_bytes is rounded down to whole blocks. */
+/* Write an empty pool: metadata and data must exist and be large enough. Refuses a metadata device whose
+ * first block is not zero with -EEXIST. data_bytes is rounded down to whole blocks. */
 int bs_pool_format(const char *metadata, const char *data, uint64_t data_bytes, uint64_t block_size);
 /* Open and lock. -EBUSY names the process that holds it. A pool with needs_check opens read-only. */
 int bs_pool_open(const char *metadata, const char *data, unsigned int flags, struct bs_pool **ret);
-/* Commit (unless read-only or failed) and release. The handle is gone whatever is returned. -EBUSY while devices are
- * open: then nothing happened. */
+/* Commit (unless read-only or failed) and release. The handle is gone whatever is returned. -EBUSY while
+ * devices are open: then nothing happened. */
 int bs_pool_close(struct bs_pool *pool);
 /* Drop every handle without committing: what a killed process leaves. For tests. */
 void bs_pool_abandon(struct bs_pool *pool);
 int bs_pool_commit(struct bs_pool *pool);
-/* Between begin and end no commit happens but the one of end: the operations of one transaction reach the disk together
- * with the new transaction id. Flushes of other threads wait. end fails with -EINVAL if current is not the pool's id. */
+/* Between begin and end no commit happens but the one of end: the operations of one transaction reach the
+ * disk together with the new transaction id. Flushes of other threads wait. end fails with -EINVAL if current
+ * is not the pool's id. */
 int bs_pool_begin(struct bs_pool *pool);
 int bs_pool_end(struct bs_pool *pool, uint64_t current_id, uint64_t new_id);
 int bs_pool_status(struct bs_pool *pool, struct bs_pool_status *ret);
 int bs_pool_counters(struct bs_pool *pool, struct bs_pool_counters *ret);
-/* Grow to the sizes that the backing files have now (data at most data_bytes, 0 = all of it). Never shrinks. */
+/* Grow to the sizes that the backing files have now (data at most data_bytes, 0 = all of it). Never shrinks.
+ */
 int bs_pool_extend(struct bs_pool *pool, uint64_t data_bytes);
 int bs_pool_create_device(struct bs_pool *pool, uint32_t id);
 int bs_pool_create_snapshot(struct bs_pool *pool, uint32_t id, uint32_t origin);
@@ -92,7 +96,8 @@ int bs_pool_devices(struct bs_pool *pool, uint32_t begin, struct bs_device_info 
 /* The mappings of a device by ascending thin block from begin on; returns the number written to out. */
 int bs_pool_mappings(struct bs_pool *pool, uint32_t id, uint64_t begin, struct bs_mapping *out, int capacity);
 
-/* A device is activated with its size, which the pool does not store. Several handles to one id share one state. */
+/* A device is activated with its size, which the pool does not store. Several handles to one id share one
+ * state. */
 int bs_device_open(struct bs_pool *pool, uint32_t id, uint64_t size, struct bs_device **ret);
 void bs_device_close(struct bs_device *device);
 int64_t bs_device_read(struct bs_device *device, uint64_t offset, void *buffer, uint64_t length);
@@ -104,13 +109,14 @@ int bs_device_flush(struct bs_device *device);
 int bs_device_resize(struct bs_device *device, uint64_t size);
 uint64_t bs_device_size(struct bs_device *device);
 
-/* ---- read-only walkers (thin_check.c, thin_dump.c, thin_delta.c) ---------------------------------------------- */
-/* They read a metadata file or device that no one writes: the caller holds the lock, or has the pool committed and
- * quiescent. fd is where text goes. */
+/* ---- read-only walkers (thin_check.c, thin_dump.c, thin_delta.c)
+ * ---------------------------------------------- */
+/* They read a metadata file or device that no one writes: the caller holds the lock, or has the pool
+ * committed and quiescent. fd is where text goes. */
 
 struct bs_check_result {
-	uint64_t fatal;	   /* findings that lose or endanger data */
-	uint64_t leaks;	   /* blocks whose count is too high: space lost, nothing else */
+	uint64_t fatal;    /* findings that lose or endanger data */
+	uint64_t leaks;    /* blocks whose count is too high: space lost, nothing else */
 	uint64_t warnings; /* odd but harmless */
 	uint64_t devices;
 	uint64_t mappings;
@@ -119,7 +125,8 @@ struct bs_check_result {
 	uint8_t needs_check;
 };
 
-/* Recompute everything; each finding is a line on fd: "<fatal|leak|warning>: <path>: <what>". Goes on past damage. */
+/* Recompute everything; each finding is a line on fd: "<fatal|leak|warning>: <path>: <what>". Goes on past
+ * damage. */
 int bs_metadata_check(const char *metadata, int fd, struct bs_check_result *ret);
 int bs_metadata_dump(const char *metadata, int fd);
 int bs_metadata_delta(const char *metadata, uint32_t left, uint32_t right, int fd);
@@ -135,10 +142,10 @@ struct bs_delta_range {
 	uint64_t kind;
 };
 
-/* Differences of two devices from thin block begin on, same ranges left out; returns the number written to out; the
- * next call begins behind the last range. Subtrees that both sides share are not read. */
+/* Differences of two devices from thin block begin on, same ranges left out; returns the number written to
+ * out; the next call begins behind the last range. Subtrees that both sides share are not read. */
 int bs_metadata_delta_ranges(const char *metadata, uint32_t left, uint32_t right, uint64_t begin,
-			     struct bs_delta_range *out, int capacity);
+	struct bs_delta_range *out, int capacity);
 
 struct bs_usage {
 	uint32_t id;
@@ -147,11 +154,12 @@ struct bs_usage {
 	uint64_t exclusive_blocks;
 };
 
-/* Mapped and exclusive data blocks of every device by ascending id; returns the number of devices (even if more than
- * capacity; then only capacity are written). */
+/* Mapped and exclusive data blocks of every device by ascending id; returns the number of devices (even if
+ * more than capacity; then only capacity are written). */
 int bs_metadata_usage(const char *metadata, struct bs_usage *out, int capacity);
 
-/* ---- loop devices and mounts (mount.c) ------------------------------------------------------------------------ */
+/* ---- loop devices and mounts (mount.c)
+ * ------------------------------------------------------------------------ */
 
 #define BS_LOOP_READ_ONLY 1
 #define BS_LOOP_DIRECT_IO 2
@@ -165,13 +173,15 @@ struct bs_loop_info {
 	char backing_path[4096];
 };
 
-/* Attach a file to a free loop device; ret is N of /dev/loopN. sector_size 0 = the kernel's default (512). An autoclear
- * device detaches by itself once this process has ended (or detached it) and nobody has it open or mounted. */
+/* Attach a file to a free loop device; ret is N of /dev/loopN. sector_size 0 = the kernel's default (512). An
+ * autoclear device detaches by itself once this process has ended (or detached it) and nobody has it open or
+ * mounted. */
 int bs_loop_attach(const char *path, unsigned int flags, unsigned int sector_size, int *ret);
-/* Detach; waits up to timeout_ms while someone holds it open, then -EBUSY, and the kernel detaches it at their last
- * close. Detaching a free device succeeds. */
+/* Detach; waits up to timeout_ms while someone holds it open, then -EBUSY, and the kernel detaches it at
+ * their last close. Detaching a free device succeeds. */
 int bs_loop_detach(int number, int timeout_ms);
-/* -ENXIO when the loop device is free. Device and inode are 0 when the backing file's server does not answer. */
+/* -ENXIO when the loop device is free. Device and inode are 0 when the backing file's server does not answer.
+ */
 int bs_loop_info(int number, struct bs_loop_info *ret);
 /* Take over a changed size of the backing file. */
 int bs_loop_refresh(int number);
@@ -181,12 +191,13 @@ int bs_mount(const char *source, const char *target, const char *type, unsigned 
 int bs_umount(const char *target, int flags);
 /* Write back the file system that holds path. */
 int bs_filesystem_sync(const char *path);
-/* Freeze the file system mounted at path; if that takes longer than timeout_ms it is given up, thawed and -ETIMEDOUT.
- * The end of this process, by whatever signal, thaws it too. */
+/* Freeze the file system mounted at path; if that takes longer than timeout_ms it is given up, thawed and
+ * -ETIMEDOUT. The end of this process, by whatever signal, thaws it too. */
 int bs_filesystem_freeze(const char *path, int timeout_ms);
 int bs_filesystem_thaw(const char *path);
 
-/* ---- FUSE export (fuse_export.c) ------------------------------------------------------------------------------ */
+/* ---- FUSE export (fuse_export.c)
+ * ------------------------------------------------------------------------------ */
 
 struct bs_export;
 
@@ -200,8 +211,9 @@ int bs_export_remove(struct bs_export *export_, const char *name);
 /* Unmount, end the threads, free the handle. Whoever still uses a file gets errors from then on. */
 void bs_export_stop(struct bs_export *export_);
 
-/* ---- opening below a directory (confined.c) ------------------------------------------------------------------- */
+/* ---- opening below a directory (confined.c)
+ * ------------------------------------------------------------------- */
 
-/* Open path with the directory root as the file system's root, whatever symlinks and ".." are on the way; flags are
- * open(2)'s without O_CREAT, O_CLOEXEC is added. Returns a descriptor. Needs no privilege. */
+/* Open path with the directory root as the file system's root, whatever symlinks and ".." are on the way;
+ * flags are open(2)'s without O_CREAT, O_CLOEXEC is added. Returns a descriptor. Needs no privilege. */
 int bs_open_in_root(int root, const char *path, int flags);

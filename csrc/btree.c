@@ -1,14 +1,16 @@
 /*
  * Invariants (each holds for every committed tree, whoever wrote it):
- * 1. keys of a node ascend strictly; key i of an internal node is <= every key below child i and > every key below
- *    child i-1;
+ * 1. keys of a node ascend strictly; key i of an internal node is <= every key below child i and > every key
+ * below child i-1;
  * 2. all leaves lie at one depth; a node that is not the root holds at least max/3 entries;
- * 3. a node is changed only after it was shadowed, from the root down: the parent of a changed node is changeable.
+ * 3. a node is changed only after it was shadowed, from the root down: the parent of a changed node is
+ * changeable.
  *
- * Insertion splits a full child before it steps into it, removal fills a poor child before it steps into it, so neither
- * goes back up. A node split while keys arrive in ascending order leaves two thirds on the left.
+ * Insertion splits a full child before it steps into it, removal fills a poor child before it steps into it,
+ * so neither goes back up. A node split while keys arrive in ascending order leaves two thirds on the left.
  *
- * Foreign nodes may have fewer places (max_entries) than the format's figure; a shadow always has the full number.
+ * Foreign nodes may have fewer places (max_entries) than the format's figure; a shadow always has the full
+ * number.
  */
 #include "btree.h"
 
@@ -83,15 +85,19 @@ static int check_node(const void *data, uint64_t nr)
 	uint32_t flags = le32_get(n->flags), max = node_max(n), size = le32_get(n->value_size);
 
 	if (flags != BTREE_INTERNAL && flags != BTREE_LEAF)
-		return bs_fail(-EUCLEAN, "metadata block %" PRIu64 ": node flags are 0x%x: run pool check", nr, flags);
+		return bs_fail(-EUCLEAN, "metadata block %" PRIu64 ": node flags are 0x%x: run pool check",
+			nr, flags);
 	if (size == 0 || size > BTREE_MAX_VALUE_SIZE || size % 4 || (flags == BTREE_INTERNAL && size != 8))
-		return bs_fail(-EUCLEAN, "metadata block %" PRIu64 ": values of %u bytes: run pool check", nr, size);
+		return bs_fail(
+			-EUCLEAN, "metadata block %" PRIu64 ": values of %u bytes: run pool check", nr, size);
 	if (max == 0 || max > btree_max_entries(size) || node_nr(n) > max ||
 		(flags == BTREE_INTERNAL && node_nr(n) == 0))
-		return bs_fail(-EUCLEAN, "metadata block %" PRIu64 ": %u of %u entries: run pool check", nr, node_nr(n), max);
+		return bs_fail(-EUCLEAN, "metadata block %" PRIu64 ": %u of %u entries: run pool check", nr,
+			node_nr(n), max);
 	for (uint32_t i = 1; i < node_nr(n); i++)
 		if (node_key(n, i - 1) >= node_key(n, i))
-			return bs_fail(-EUCLEAN, "metadata block %" PRIu64 ": key %u out of order: run pool check", nr, i);
+			return bs_fail(-EUCLEAN,
+				"metadata block %" PRIu64 ": key %u out of order: run pool check", nr, i);
 	return 0;
 }
 
@@ -107,7 +113,8 @@ static int node_fits(const struct btree *tree, const struct bm_block *b)
 	const struct disk_node *n = (const struct disk_node *)b->data;
 
 	if (node_is_leaf(n) && le32_get(n->value_size) != tree->value_size)
-		return bs_fail(-EUCLEAN, "metadata block %" PRIu64 ": values of %u bytes in a tree of %u: run pool check",
+		return bs_fail(-EUCLEAN,
+			"metadata block %" PRIu64 ": values of %u bytes in a tree of %u: run pool check",
 			b->nr, le32_get(n->value_size), tree->value_size);
 	return 0;
 }
@@ -121,8 +128,8 @@ static int read_node(const struct btree *tree, uint64_t nr, struct bm_block **re
 
 static int too_deep(uint64_t root)
 {
-	return bs_fail(-EUCLEAN, "the tree at metadata block %" PRIu64 " is deeper than %d: run pool check", root,
-		BTREE_MAX_DEPTH);
+	return bs_fail(-EUCLEAN, "the tree at metadata block %" PRIu64 " is deeper than %d: run pool check",
+		root, BTREE_MAX_DEPTH);
 }
 
 static void init_node(struct disk_node *n, uint32_t flags, uint32_t value_size)
@@ -200,7 +207,8 @@ static void delete_entry(struct disk_node *n, uint32_t at)
 	node_set_nr(n, nr - 1);
 }
 
-static void copy_entries(struct disk_node *to, uint32_t at, const struct disk_node *from, uint32_t first, uint32_t nr)
+static void copy_entries(
+	struct disk_node *to, uint32_t at, const struct disk_node *from, uint32_t first, uint32_t nr)
 {
 	memcpy(&to->keys[at], &from->keys[first], nr * sizeof(to->keys[0]));
 	memcpy(node_value(to, at), node_value(from, first), (size_t)nr * le32_get(to->value_size));
@@ -242,18 +250,22 @@ int btree_create(const struct btree *tree, uint64_t *ret_root)
 
 /* ---- look-up ---- */
 
-static int lookup(const struct btree *tree, uint64_t root, uint64_t key, void *ret_value, bool *ret_shared)
+typedef int count_function(struct transaction_manager *tm, uint64_t nr, uint32_t *ret);
+
+/* count: NULL if nobody asks whether the path is shared. */
+static int lookup(const struct btree *tree, uint64_t root, uint64_t key, count_function *count,
+	void *ret_value, bool *ret_shared)
 {
 	uint64_t nr = root;
 
 	for (int depth = 0; depth < BTREE_MAX_DEPTH; depth++) {
 		struct bm_block *b;
-		uint32_t count;
+		uint32_t references;
 		int r = read_node(tree, nr, &b);
 
-		if (r == 0 && ret_shared && !*ret_shared) {
-			r = tm_count(tree->tm, nr, &count);
-			*ret_shared = r == 0 && count > 1;
+		if (r == 0 && count && !*ret_shared) {
+			r = count(tree->tm, nr, &references);
+			*ret_shared = r == 0 && references > 1;
 		}
 		if (r < 0)
 			return r;
@@ -274,14 +286,14 @@ static int lookup(const struct btree *tree, uint64_t root, uint64_t key, void *r
 
 int btree_lookup(const struct btree *tree, uint64_t root, uint64_t key, void *ret_value)
 {
-	return lookup(tree, root, key, ret_value, NULL);
+	return lookup(tree, root, key, NULL, ret_value, NULL);
 }
 
-int btree_lookup_shared(
-	const struct btree *tree, uint64_t root, uint64_t key, void *ret_value, bool *ret_shared)
+int btree_lookup_shared(const struct btree *tree, uint64_t root, uint64_t key, bool committed,
+	void *ret_value, bool *ret_shared)
 {
 	*ret_shared = false;
-	return lookup(tree, root, key, ret_value, ret_shared);
+	return lookup(tree, root, key, committed ? tm_committed_count : tm_count, ret_value, ret_shared);
 }
 
 /* The leaf that would hold key; ret_bound: no key of a later leaf is below it. */
@@ -326,7 +338,8 @@ int btree_scan(const struct btree *tree, uint64_t root, uint64_t begin, uint64_t
 		uint32_t i = at < 0 || node_key(n, at) < begin ? at + 1 : at;
 		for (; found < capacity && i < node_nr(n) && node_key(n, i) <= last; i++, found++) {
 			ret_keys[found] = node_key(n, i);
-			memcpy((char *)ret_values + (size_t)found * tree->value_size, node_value(n, i), tree->value_size);
+			memcpy((char *)ret_values + (size_t)found * tree->value_size, node_value(n, i),
+				tree->value_size);
 		}
 		if (i < node_nr(n) || bound == UINT64_MAX)
 			break;
@@ -458,7 +471,8 @@ int btree_insert(const struct btree *tree, uint64_t *root, uint64_t key, const v
 
 /* ---- removal ---- */
 
-/* Put the content of a root's only child in its place. If the child is shared its entries get one more reference. */
+/* Put the content of a root's only child in its place. If the child is shared its entries get one more
+ * reference. */
 static int collapse(const struct btree *tree, struct disk_node *n)
 {
 	uint64_t nr = node_child(n, 0);
@@ -542,7 +556,8 @@ int btree_remove(const struct btree *tree, uint64_t *root, uint64_t key)
 		}
 		int i = node_search(n, key);
 		if (i < 0)
-			return bs_fail(-EUCLEAN, "key %" PRIu64 " went missing in its tree: run pool check", key);
+			return bs_fail(
+				-EUCLEAN, "key %" PRIu64 " went missing in its tree: run pool check", key);
 		r = shadow_child(tree, n, i, &child);
 		if (r < 0)
 			return r;
@@ -579,8 +594,8 @@ static int stack_push(struct block_stack *stack, uint64_t block)
 	return 0;
 }
 
-/* Drop a node; when that was its last reference, go on with what it refers to. Works on a copy: dec may delete a tree
- * of its own, which trims the cache. */
+/* Drop a node; when that was its last reference, go on with what it refers to. Works on a copy: dec may
+ * delete a tree of its own, which trims the cache. */
 static int delete_node(const struct btree *tree, uint64_t nr, struct block_stack *stack)
 {
 	struct disk_node n;

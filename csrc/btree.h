@@ -1,10 +1,11 @@
 /*
- * B-trees of the dm-thin format: 64-bit keys, values of one size, copy-on-write through the transaction manager.
+ * B-trees of the dm-thin format: 64-bit keys, values of one size, copy-on-write through the transaction
+ * manager.
  *
- * A tree is its root's block number; functions that change it take the number and put the new one there. Values are the
- * bytes as on disk. A node shared by several trees is copied when it is changed; what it refers to is then counted once
- * more, for leaves by the owner's inc. The owner counts a value that it inserts, overwrites or looks up itself; only
- * btree_remove and btree_delete call dec.
+ * A tree is its root's block number; functions that change it take the number and put the new one there.
+ * Values are the bytes as on disk. A node shared by several trees is copied when it is changed; what it
+ * refers to is then counted once more, for leaves by the owner's inc. The owner counts a value that it
+ * inserts, overwrites or looks up itself; only btree_remove and btree_delete call dec.
  *
  * Not thread-safe. After an error the transaction can only be abandoned, except for look-ups.
  */
@@ -30,9 +31,10 @@ struct btree {
 int btree_create(const struct btree *tree, uint64_t *ret_root);
 /* 1 found, 0 absent. */
 int btree_lookup(const struct btree *tree, uint64_t root, uint64_t key, void *ret_value);
-/* The same; ret_shared tells whether a node on the path (the root included) has more than one reference. */
-int btree_lookup_shared(
-	const struct btree *tree, uint64_t root, uint64_t key, void *ret_value, bool *ret_shared);
+/* The same; ret_shared tells whether a node on the path (the root included) has more than one reference, in
+ * the running transaction or, for a root of the committed state, in that state. */
+int btree_lookup_shared(const struct btree *tree, uint64_t root, uint64_t key, bool committed,
+	void *ret_value, bool *ret_shared);
 /* Set the value of key; ret_added (may be NULL): the key was not there. */
 int btree_insert(const struct btree *tree, uint64_t *root, uint64_t key, const void *value, bool *ret_added);
 /* 1 removed, 0 absent. */

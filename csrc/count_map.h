@@ -1,6 +1,6 @@
 /*
- * A hash map from block numbers to small values, for counts that a transaction changed. Open addressing, linear
- * probing, no removal of single keys: a transaction only adds and at its end clears. Not thread-safe.
+ * A hash map from block numbers to small values, for counts that a transaction changed. Open addressing,
+ * linear probing, no removal of single keys: a transaction only adds and at its end clears. Not thread-safe.
  */
 #ifndef BS_COUNT_MAP_H
 #define BS_COUNT_MAP_H

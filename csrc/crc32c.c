@@ -1,6 +1,7 @@
 /*
- * The instruction takes 8 bytes at a latency of three cycles, so three streams run side by side and are joined by
- * multiplying with x^(8*n) mod P (one table a stream length). Without the instruction, slicing by eight.
+ * The instruction takes 8 bytes at a latency of three cycles, so three streams run side by side and are
+ * joined by multiplying with x^(8*n) mod P (one table a stream length). Without the instruction, slicing by
+ * eight.
  */
 #include "crc32c.h"
 
@@ -64,8 +65,8 @@ static bool detect(void)
 #ifdef HARDWARE
 static uint32_t shift_stream(uint32_t crc)
 {
-	return shift_table[0][crc & 0xff] ^ shift_table[1][crc >> 8 & 0xff] ^ shift_table[2][crc >> 16 & 0xff] ^
-		shift_table[3][crc >> 24];
+	return shift_table[0][crc & 0xff] ^ shift_table[1][crc >> 8 & 0xff] ^
+	       shift_table[2][crc >> 16 & 0xff] ^ shift_table[3][crc >> 24];
 }
 
 HARDWARE static uint32_t crc_instruction(uint32_t crc, const unsigned char *p, size_t length)

@@ -1,7 +1,7 @@
 /*
- * The data device in bytes. Without direct I/O this is io.h; with it, what is not aligned goes through an aligned
- * buffer, and a partly written sector is read, changed and written back under a lock that keeps whole-sector writes to
- * the same place out meanwhile.
+ * The data device in bytes. Without direct I/O this is io.h; with it, what is not aligned goes through an
+ * aligned buffer, and a partly written sector is read, changed and written back under a lock that keeps
+ * whole-sector writes to the same place out meanwhile.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -158,7 +158,8 @@ int data_write(struct bs_pool *pool, uint64_t offset, const void *buffer, uint64
 	int r = pool->data_io->alignment == 1 ? io_write(pool->data_io, offset, buffer, length)
 					      : write_pieces(pool, offset, buffer, length);
 
-	/* After the write: a flush that clears the mark from here on covers it. Mostly it is set, and a look is cheap. */
+	/* After the write: a flush that clears the mark from here on covers it. Mostly it is set, and a look
+	 * is cheap. */
 	if (!atomic_load(&pool->data_dirty))
 		atomic_store(&pool->data_dirty, true);
 	return r;

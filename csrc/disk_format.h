@@ -1,9 +1,10 @@
 /*
  * The dm-thin metadata format, version 2: every on-disk structure, its checksum salt and its limits.
  *
- * Metadata is an array of 4096-byte blocks, all integers little-endian; block 0 is the superblock. Each block but data
- * begins with a checksum (crc32c without final inversion over bytes 4..4095, xored with the salt of its type) and
- * carries its own number. The layout is that of Linux drivers/md/dm-thin-metadata.c and drivers/md/persistent-data.
+ * Metadata is an array of 4096-byte blocks, all integers little-endian; block 0 is the superblock. Each block
+ * but data begins with a checksum (crc32c without final inversion over bytes 4..4095, xored with the salt of
+ * its type) and carries its own number. The layout is that of Linux drivers/md/dm-thin-metadata.c and
+ * drivers/md/persistent-data.
  */
 #ifndef BS_DISK_FORMAT_H
 #define BS_DISK_FORMAT_H
@@ -79,13 +80,14 @@ struct disk_superblock {
 	struct disk_sm_root metadata_sm_root;
 	struct le64 data_mapping_root;
 	struct le64 device_details_root;
-	struct le32 data_block_size;	 /* sectors */
+	struct le32 data_block_size;     /* sectors */
 	struct le32 metadata_block_size; /* sectors */
 	struct le64 metadata_nr_blocks;
 	struct le32 compat_flags;
 	struct le32 compat_ro_flags;
 	struct le32 incompat_flags;
-	/* The rest stays zero: a torn write of block 0 then leaves the old or the new superblock, never a mixture. */
+	/* The rest stays zero: a torn write of block 0 then leaves the old or the new superblock, never a
+	 * mixture. */
 	uint8_t zero[METADATA_BLOCK_SIZE - 364];
 };
 static_assert(sizeof(struct disk_superblock) == METADATA_BLOCK_SIZE, "superblock");
@@ -159,7 +161,7 @@ static_assert(sizeof(struct disk_bitmap) == METADATA_BLOCK_SIZE, "bitmap");
 
 struct disk_index_entry {
 	struct le64 blocknr;
-	struct le32 nr_free;	      /* 16320 minus the nonzero entries, in the last bitmap too */
+	struct le32 nr_free;          /* 16320 minus the nonzero entries, in the last bitmap too */
 	struct le32 none_free_before; /* hint */
 };
 static_assert(sizeof(struct disk_index_entry) == 16, "index entry");
@@ -172,8 +174,8 @@ struct disk_metadata_index {
 };
 static_assert(sizeof(struct disk_metadata_index) == METADATA_BLOCK_SIZE, "metadata index");
 
-/* In a two-bit entry the lower bit is the high bit of the count: raw 2 is count 1, raw 1 is count 2; 3 stands for three
- * or more, the count then lies in the overflow tree. The map is its own inverse. */
+/* In a two-bit entry the lower bit is the high bit of the count: raw 2 is count 1, raw 1 is count 2; 3 stands
+ * for three or more, the count then lies in the overflow tree. The map is its own inverse. */
 static inline uint32_t bitmap_swap(uint32_t raw)
 {
 	return (raw >> 1 & 1) | (raw << 1 & 2);

@@ -1,15 +1,15 @@
 /*
- * The user engine's own state, shared by thin_pool.c (life, devices, status), thin_commit.c (when and in which order
- * things reach the disk), thin_io.c (read, write, discard) and data_io.c (the data device).
+ * The user engine's own state, shared by thin_pool.c (life, devices, status), thin_commit.c (when and in
+ * which order things reach the disk), thin_io.c (read, write, discard) and data_io.c (the data device).
  *
  * Locks, in the order in which they may be taken:
  *   commit_lock   group commit: who commits, who waits
  *   cells[]       one thread at a time changes the mapping of a thin block (hashed)
  *   lock          metadata, devices, map pages; held over a commit
  *   rmw[]         partial sectors under direct I/O
- * A grace section may be entered while holding `lock` or a cell, takes none of them itself, and covers each access to the
- * data device through a mapping. A data block that became free is not handed out again before a grace period has passed,
- * and a snapshot is taken only after the writes in flight have ended.
+ * A grace section may be entered while holding `lock` or a cell, takes none of them itself, and covers each
+ * access to the data device through a mapping. A data block that became free is not handed out again before a
+ * grace period has passed, and a snapshot is taken only after the writes in flight have ended.
  */
 #ifndef BS_ENGINE_H
 #define BS_ENGINE_H
@@ -28,7 +28,8 @@
 #define RMW_LOCKS 64
 
 struct pool_counters {
-	_Atomic uint64_t application, application_read, zero_filled, copied, read_for_copy, metadata, padding, discarded;
+	_Atomic uint64_t application, application_read, zero_filled, copied, read_for_copy, metadata, padding,
+		discarded;
 	_Atomic uint64_t provisioned, blocks_copied, overwritten, commits, flushes;
 };
 
@@ -80,6 +81,9 @@ static inline uint64_t pool_block_of(const struct bs_pool *pool, uint64_t offset
 	return pool->block_shift >= 0 ? offset >> pool->block_shift : offset / pool->block_size;
 }
 
+/* thin_pool.c: open a pool on any io; both are the pool's from here on, also when this fails. */
+int pool_open_on(struct io *metadata, struct io *data, unsigned int flags, struct bs_pool **ret);
+
 /* data_io.c: byte ranges of the data device, any alignment. */
 int data_read(struct bs_pool *pool, uint64_t offset, void *buffer, uint64_t length);
 int data_write(struct bs_pool *pool, uint64_t offset, const void *buffer, uint64_t length);
@@ -90,8 +94,8 @@ int data_zero(struct bs_pool *pool, uint64_t offset, uint64_t length);
 int commit_locked(struct bs_pool *pool);
 /* Without the lock: return when everything that was done before the call is on disk. */
 int commit_group(struct bs_pool *pool);
-/* Make sure that one more metadata change fits, by a commit if need be; releasing: it gives space back and may use the
- * reserve. May give the lock away for a while. */
+/* Make sure that one more metadata change fits, by a commit if need be; releasing: it gives space back and
+ * may use the reserve. May give the lock away for a while. */
 int make_room(struct bs_pool *pool, bool releasing);
 /* Reserve a data block, by a commit if that frees some. May give the lock away for a while. */
 int reserve_data(struct bs_pool *pool, uint64_t *ret);

@@ -1,5 +1,6 @@
 /*
- * Errors: functions return a negative errno; the function that detects a failure writes one message for people.
+ * Errors: functions return a negative errno; the function that detects a failure writes one message for
+ * people.
  *
  * The message is thread-local. Callers only pass the code on. The codes have the kernel's meaning:
  * -EILSEQ checksum or magic, -ENOTBLK block in the wrong place, -EUCLEAN needs_check or inconsistent content,
@@ -12,7 +13,8 @@ void bs_set_error(const char *format, ...) __attribute__((format(printf, 1, 2)))
 /* The same with ": <strerror(errno)>" appended; returns -errno (-EIO if errno is 0). */
 int bs_set_error_errno(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
-/* Write the message of a failure and yield err, a negative errno. Macros, so that the compiler sees the sign. */
+/* Write the message of a failure and yield err, a negative errno. Macros, so that the compiler sees the sign.
+ */
 #define bs_fail(err, ...) (bs_set_error(__VA_ARGS__), (err))
 
 static inline int bs_negative(int err)

@@ -1,8 +1,9 @@
 /*
- * A section counts itself in the half of its stripe that the epoch names. grace_wait changes the epoch and waits for the
- * old half to empty, twice: a section that read the epoch before the first change but counted itself only after the
- * wait for its half is caught by the second. (The scheme of early sleepable RCU.) All accesses are sequentially
- * consistent: a section that counts itself after grace_wait looked sees what the waiter stored before.
+ * A section counts itself in the half of its stripe that the epoch names. grace_wait changes the epoch and
+ * waits for the old half to empty, twice: a section that read the epoch before the first change but counted
+ * itself only after the wait for its half is caught by the second. (The scheme of early sleepable RCU.) All
+ * accesses are sequentially consistent: a section that counts itself after grace_wait looked sees what the
+ * waiter stored before.
  */
 #include "grace.h"
 

@@ -1,9 +1,10 @@
 /*
- * Grace periods: readers mark a section with two atomic additions and no lock; grace_wait returns when every section
- * that had begun before it was called has ended. What a reader could see before may then be freed or used again.
+ * Grace periods: readers mark a section with two atomic additions and no lock; grace_wait returns when every
+ * section that had begun before it was called has ended. What a reader could see before may then be freed or
+ * used again.
  *
- * A section does I/O and nothing else: it takes no lock, so grace_wait may be called with any lock held, except from
- * within a section.
+ * A section does I/O and nothing else: it takes no lock, so grace_wait may be called with any lock held,
+ * except from within a section.
  */
 #ifndef BS_GRACE_H
 #define BS_GRACE_H

@@ -1,9 +1,9 @@
 /*
- * The bottom of the core: a device as a vtable of reads, writes and flushes. Implementations: a file or block device
- * (io_file.c), memory (io_memory.c), and a crash-simulating one in tests/crash.
+ * The bottom of the core: a device as a vtable of reads, writes and flushes. Implementations: a file or block
+ * device (io_file.c), memory (io_memory.c), and a crash-simulating one in tests/crash.
  *
- * A call transfers everything or fails: short transfers never reach the caller. Errors are negative errno with a
- * message that names the device. All calls may run on several threads at once.
+ * A call transfers everything or fails: short transfers never reach the caller. Errors are negative errno
+ * with a message that names the device. All calls may run on several threads at once.
  */
 #ifndef BS_IO_H
 #define BS_IO_H
@@ -33,8 +33,8 @@ struct io {
 };
 
 #define IO_READ_ONLY 1u
-#define IO_DIRECT 2u	/* O_DIRECT where the file system has it; alignment tells */
-#define IO_LOCK 4u	/* exclusive flock; -EBUSY names the process that holds it */
+#define IO_DIRECT 2u /* O_DIRECT where the file system has it; alignment tells */
+#define IO_LOCK 4u   /* exclusive flock; -EBUSY names the process that holds it */
 #define IO_LOCK_SHARED 8u
 
 int io_file_open(const char *path, unsigned int flags, struct io **ret);

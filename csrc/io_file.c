@@ -1,8 +1,8 @@
 /*
  * A file or block device behind io.h: preadv/pwritev, fdatasync, fallocate.
  *
- * The lock is flock(2), which unlike POSIX record locks does not fall when the process closes another descriptor of
- * the same file; the holder's pid comes from /proc/locks.
+ * The lock is flock(2), which unlike POSIX record locks does not fall when the process closes another
+ * descriptor of the same file; the holder's pid comes from /proc/locks.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -59,7 +59,8 @@ static ssize_t transfer_once(int fd, uint64_t offset, const struct iovec *iov, i
 }
 
 /* Go on after a short transfer, which has done the first n bytes (0: none, or it was interrupted). */
-static int transfer_rest(struct io *io, uint64_t offset, const struct iovec *iov, int count, size_t n, bool writing)
+static int transfer_rest(
+	struct io *io, uint64_t offset, const struct iovec *iov, int count, size_t n, bool writing)
 {
 	struct io_file *f = to_file(io);
 	struct iovec rest[MAX_IOV];
@@ -74,10 +75,11 @@ static int transfer_rest(struct io *io, uint64_t offset, const struct iovec *iov
 			return 0;
 		ssize_t r = transfer_once(f->fd, offset, rest, count, writing);
 		if (r == 0)
-			return bs_fail(-EIO, "%s: %s at byte %" PRIu64 " is beyond the end of the file", f->path,
-				writing ? "write" : "read", offset);
+			return bs_fail(-EIO, "%s: %s at byte %" PRIu64 " is beyond the end of the file",
+				f->path, writing ? "write" : "read", offset);
 		if (r < 0 && errno != EINTR)
-			return bs_fail_errno("%s: %s at byte %" PRIu64, f->path, writing ? "write" : "read", offset);
+			return bs_fail_errno(
+				"%s: %s at byte %" PRIu64, f->path, writing ? "write" : "read", offset);
 		n = r < 0 ? 0 : r;
 	}
 }
@@ -118,7 +120,8 @@ static int file_punch(struct io *io, uint64_t offset, uint64_t length)
 	struct io_file *f = to_file(io);
 
 	/* Giving space back is best effort: a file system without holes just keeps it. */
-	if (fallocate(f->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length) < 0 && errno != EOPNOTSUPP)
+	if (fallocate(f->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length) < 0 &&
+		errno != EOPNOTSUPP)
 		return bs_fail_errno("%s: punch hole at byte %" PRIu64, f->path, offset);
 	return 0;
 }
@@ -150,7 +153,8 @@ static const struct io_ops file_ops = {
 	.close = file_close,
 };
 
-/* The process that holds a flock on the file: /proc/locks has "1: FLOCK ADVISORY WRITE <pid> <maj>:<min>:<inode> ..." */
+/* The process that holds a flock on the file: /proc/locks has "1: FLOCK ADVISORY WRITE <pid>
+ * <maj>:<min>:<inode> ..." */
 static long lock_holder(const struct stat *st)
 {
 	FILE *locks = fopen("/proc/locks", "re");
@@ -164,8 +168,8 @@ static long lock_holder(const struct stat *st)
 		unsigned long inode;
 		long pid;
 
-		if (strstr(line, "->") ||
-			sscanf(line, "%*s FLOCK %*s %*s %ld %x:%x:%lu", &pid, &major_nr, &minor_nr, &inode) != 4)
+		if (strstr(line, "->") || sscanf(line, "%*s FLOCK %*s %*s %ld %x:%x:%lu", &pid, &major_nr,
+						  &minor_nr, &inode) != 4)
 			continue;
 		if (inode == st->st_ino && major_nr == major(st->st_dev) && minor_nr == minor(st->st_dev))
 			holder = pid;

@@ -21,7 +21,8 @@ static int memory_transfer(struct io *io, uint64_t offset, const struct iovec *i
 		size_t length = iov[i].iov_len;
 
 		if (offset > m->size || length > m->size - offset)
-			return bs_fail(-EIO, "memory: transfer at byte %" PRIu64 " is beyond the end", offset);
+			return bs_fail(
+				-EIO, "memory: transfer at byte %" PRIu64 " is beyond the end", offset);
 		if (writing)
 			memcpy(m->data + offset, iov[i].iov_base, length);
 		else

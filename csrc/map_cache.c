@@ -51,8 +51,8 @@ void map_pages_free(struct map_page *retired)
 	}
 }
 
-int map_cache_add(struct map_cache *cache, uint64_t index, const uint64_t *blocks, const uint64_t *packed, int n,
-	struct map_page **retired)
+int map_cache_add(struct map_cache *cache, uint64_t index, const uint64_t *blocks, const uint64_t *packed,
+	int n, struct map_page **retired)
 {
 	struct map_page *page = malloc(sizeof(*page));
 

@@ -1,12 +1,14 @@
 /*
- * The mappings of a device as the data path reads them: pages of 512 packed mappings, looked up without a lock.
+ * The mappings of a device as the data path reads them: pages of 512 packed mappings, looked up without a
+ * lock.
  *
- * A page is complete (holes included) or absent; pages are set and entries changed under the pool's lock, read within a
- * section of its grace object. A page that makes room for another is retired: freed after a grace period. Memory is
- * bounded: at most MAP_CACHE_SLOTS pages of 4 KiB a device, direct-mapped.
+ * A page is complete (holes included) or absent; pages are set and entries changed under the pool's lock,
+ * read within a section of its grace object. A page that makes room for another is retired: freed after a
+ * grace period. Memory is bounded: at most MAP_CACHE_SLOTS pages of 4 KiB a device, direct-mapped.
  *
- * The time in an entry says since when the block is known to be this device's alone: a write may go in place while it is
- * not below the device's snapshotted_time. A snapshot thereby takes the right from all entries at once.
+ * The time in an entry says since when the block is known to be this device's alone: a write may go in place
+ * while it is not below the device's snapshotted_time. A snapshot thereby takes the right from all entries at
+ * once.
  */
 #ifndef BS_MAP_CACHE_H
 #define BS_MAP_CACHE_H
@@ -41,13 +43,14 @@ void map_pages_free(struct map_page *retired);
 static inline _Atomic uint64_t *map_cache_find(const struct map_cache *cache, uint64_t block)
 {
 	uint64_t index = block / MAP_PAGE_ENTRIES;
-	struct map_page *page = atomic_load_explicit(&cache->slots[index & cache->mask], memory_order_acquire);
+	struct map_page *page =
+		atomic_load_explicit(&cache->slots[index & cache->mask], memory_order_acquire);
 
 	return page && page->index == index ? &page->entries[block % MAP_PAGE_ENTRIES] : NULL;
 }
 
 /* Add a page of the n ascending mappings (blocks, packed) of page index; everything else in it is a hole. */
-int map_cache_add(struct map_cache *cache, uint64_t index, const uint64_t *blocks, const uint64_t *packed, int n,
-	struct map_page **retired);
+int map_cache_add(struct map_cache *cache, uint64_t index, const uint64_t *blocks, const uint64_t *packed,
+	int n, struct map_page **retired);
 
 #endif

@@ -1,9 +1,9 @@
 /*
- * What the transaction manager knows of a space map: a vtable, and nothing else. It cuts the circle of space map,
- * B-tree and transaction manager.
+ * What the transaction manager knows of a space map: a vtable, and nothing else. It cuts the circle of space
+ * map, B-tree and transaction manager.
  *
- * Counts are those of the running transaction. A block is handed out only if it is free in the committed state and
- * was not touched since: what a transaction frees is not used again in it.
+ * Counts are those of the running transaction. A block is handed out only if it is free in the committed
+ * state and was not touched since: what a transaction frees is not used again in it.
  */
 #ifndef BS_SPACE_MAP_H
 #define BS_SPACE_MAP_H
@@ -14,6 +14,8 @@ struct space_map;
 
 struct space_map_ops {
 	int (*count)(struct space_map *sm, uint64_t block, uint32_t *ret);
+	/* The count in the committed state, whatever the running transaction did. */
+	int (*committed_count)(struct space_map *sm, uint64_t block, uint32_t *ret);
 	int (*inc)(struct space_map *sm, uint64_t block);
 	/* ret: the count left. -EUCLEAN if it was 0. */
 	int (*dec)(struct space_map *sm, uint64_t block, uint32_t *ret);
@@ -28,6 +30,11 @@ struct space_map {
 static inline int sm_count(struct space_map *sm, uint64_t block, uint32_t *ret)
 {
 	return sm->ops->count(sm, block, ret);
+}
+
+static inline int sm_committed_count(struct space_map *sm, uint64_t block, uint32_t *ret)
+{
+	return sm->ops->committed_count(sm, block, ret);
 }
 
 static inline int sm_inc(struct space_map *sm, uint64_t block)

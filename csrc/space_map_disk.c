@@ -16,7 +16,8 @@ static struct btree index_tree(const struct sm_disk *sm)
 static int check_size(uint64_t nr_blocks)
 {
 	if (nr_blocks == 0 || nr_blocks >= MAX_DATA_BLOCKS)
-		return bs_fail(-EINVAL, "a data device of %" PRIu64 " blocks: 1 to 2^40 - 1 are possible", nr_blocks);
+		return bs_fail(-EINVAL, "a data device of %" PRIu64 " blocks: 1 to 2^40 - 1 are possible",
+			nr_blocks);
 	return 0;
 }
 
@@ -46,7 +47,9 @@ static int read_index(struct sm_disk *sm)
 		if (n < 0)
 			return n;
 		if (n == 0 || keys[0] != next)
-			return bs_fail(-EUCLEAN, "data space map: bitmap %" PRIu64 " is not in the index: run pool check", next);
+			return bs_fail(-EUCLEAN,
+				"data space map: bitmap %" PRIu64 " is not in the index: run pool check",
+				next);
 		for (int i = 0; i < n && keys[i] == next; i++, next++)
 			sm->ll.committed[next] = (struct ll_index_entry){
 				.blocknr = le64_get(entries[i].blocknr),
@@ -64,8 +67,8 @@ int sm_disk_open(struct sm_disk *sm, struct transaction_manager *tm, const struc
 	int r = check_size(nr_blocks);
 
 	if (r == 0)
-		r = ll_init_committed(
-			&sm->ll, tm, "data", nr_blocks, le64_get(root->nr_allocated), le64_get(root->ref_count_root));
+		r = ll_init_committed(&sm->ll, tm, "data", nr_blocks, le64_get(root->nr_allocated),
+			le64_get(root->ref_count_root));
 	if (r < 0)
 		return r;
 	sm->index_root = le64_get(root->bitmap_root);

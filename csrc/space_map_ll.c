@@ -2,10 +2,10 @@
  * Invariants:
  * 1. a pending entry holds the block's present count; blocks without one have their committed count;
  * 2. a block is handed out only if its committed count is 0, it has no pending entry and is not reserved;
- * 3. the committed bitmaps and overflow nodes are never written: the allocator and the counts read them at any moment
- *    of a transaction, also while ll_flush runs;
- * 4. nr_free is stored as 16320 minus the nonzero entries, in the last bitmap too; nr_free, none_free_before and
- *    nr_allocated of a foreign image are hints, recomputed where they do not agree with each other.
+ * 3. the committed bitmaps and overflow nodes are never written: the allocator and the counts read them at
+ * any moment of a transaction, also while ll_flush runs;
+ * 4. nr_free is stored as 16320 minus the nonzero entries, in the last bitmap too; nr_free, none_free_before
+ * and nr_allocated of a foreign image are hints, recomputed where they do not agree with each other.
  */
 #include "space_map_ll.h"
 
@@ -16,9 +16,9 @@
 
 #include "error.h"
 
-#define QUEUED 1u	 /* pending entry is in the queue */
+#define QUEUED 1u       /* pending entry is in the queue */
 #define OVER_CHANGED 2u /* counted in nr_overflow_changes */
-#define RELEASED 4u /* its count went to 0 in this transaction */
+#define RELEASED 4u     /* its count went to 0 in this transaction */
 #define EVEN_BITS 0x5555555555555555ull
 
 static const struct bm_validator bitmap_validator = {"bitmap", BITMAP_SALT, NULL};
@@ -61,7 +61,7 @@ static int read_bitmap(const struct ll *ll, uint64_t nr, const struct disk_bitma
 static int committed_count(const struct ll *ll, uint64_t block, uint32_t *ret)
 {
 	const struct ll_index_entry *e = &ll->committed[block / ENTRIES_PER_BITMAP];
-	const struct disk_bitmap *bitmap;
+	const struct disk_bitmap *bitmap = NULL;
 
 	*ret = 0;
 	if (block >= ll->committed_nr_blocks || !e->blocknr)
@@ -78,7 +78,8 @@ static int committed_count(const struct ll *ll, uint64_t block, uint32_t *ret)
 	if (r < 0)
 		return r;
 	if (r == 0 || le32_get(count) < 3)
-		return bs_fail(-EUCLEAN, "%s block %" PRIu64 " has no count in the overflow tree: run pool check", ll->name,
+		return bs_fail(-EUCLEAN,
+			"%s block %" PRIu64 " has no count in the overflow tree: run pool check", ll->name,
 			block);
 	*ret = le32_get(count);
 	return 0;
@@ -86,8 +87,16 @@ static int committed_count(const struct ll *ll, uint64_t block, uint32_t *ret)
 
 static int out_of_range(const struct ll *ll, uint64_t block)
 {
-	return bs_fail(-EUCLEAN, "%s block %" PRIu64 " is outside the device of %" PRIu64 " blocks: run pool check",
-		ll->name, block, ll->nr_blocks);
+	return bs_fail(-EUCLEAN,
+		"%s block %" PRIu64 " is outside the device of %" PRIu64 " blocks: run pool check", ll->name,
+		block, ll->nr_blocks);
+}
+
+static int ll_committed_count(struct space_map *sm, uint64_t block, uint32_t *ret)
+{
+	struct ll *ll = to_ll(sm);
+
+	return block >= ll->nr_blocks ? out_of_range(ll, block) : committed_count(ll, block, ret);
 }
 
 static int ll_count(struct space_map *sm, uint64_t block, uint32_t *ret)
@@ -190,7 +199,8 @@ static int ll_dec(struct space_map *sm, uint64_t block, uint32_t *ret)
 	if (r < 0)
 		return r;
 	if (e->count == 0)
-		return bs_fail(-EUCLEAN, "%s block %" PRIu64 " is referred to but not counted: run pool check", ll->name,
+		return bs_fail(-EUCLEAN,
+			"%s block %" PRIu64 " is referred to but not counted: run pool check", ll->name,
 			block);
 	note_overflow(ll, e, e->count);
 	if (--e->count == 0) {
@@ -247,7 +257,8 @@ static int next_in_bitmap(struct ll *ll, uint64_t *ret)
 		uint64_t *word = &ll->free_words[ll->cursor_word];
 
 		while (*word) {
-			uint64_t block = ll->cursor * ENTRIES_PER_BITMAP + ll->cursor_word * 32 + __builtin_ctzll(*word) / 2;
+			uint64_t block = ll->cursor * ENTRIES_PER_BITMAP + ll->cursor_word * 32 +
+					 __builtin_ctzll(*word) / 2;
 
 			*word &= *word - 1;
 			if (!count_map_find(&ll->pending, block) && !is_reserved(ll, block)) {
@@ -261,7 +272,8 @@ static int next_in_bitmap(struct ll *ll, uint64_t *ret)
 
 static int no_space(const struct ll *ll)
 {
-	return bs_fail(-ENOSPC, "the %s device is full (%" PRIu64 " blocks): run pool extend", ll->name, ll->nr_blocks);
+	return bs_fail(-ENOSPC, "the %s device is full (%" PRIu64 " blocks): run pool extend", ll->name,
+		ll->nr_blocks);
 }
 
 /* Two rounds over all bitmaps: the second does not believe the index's nr_free. */
@@ -296,6 +308,7 @@ static int ll_new_block(struct space_map *sm, uint64_t *ret)
 
 static const struct space_map_ops ll_ops = {
 	.count = ll_count,
+	.committed_count = ll_committed_count,
 	.inc = ll_inc,
 	.dec = ll_dec,
 	.new_block = ll_new_block,
@@ -338,7 +351,8 @@ uint64_t ll_available(const struct ll *ll)
 
 uint64_t ll_commit_cost(const struct ll *ll)
 {
-	/* A bitmap and, at worst, an index leaf for each; three overflow nodes for each changed large count. */
+	/* A bitmap and, at worst, an index leaf for each; three overflow nodes for each changed large count.
+	 */
 	return ll->nr_touched * 2 + ll->nr_overflow_changes * 3 + 16;
 }
 
@@ -401,13 +415,14 @@ int ll_opened(struct ll *ll)
 
 	for (uint64_t i = 0; i < ll->nr_bitmaps; i++) {
 		if (!ll->committed[i].blocknr)
-			return bs_fail(-EUCLEAN, "%s space map: bitmap %" PRIu64 " is missing: run pool check", ll->name, i);
+			return bs_fail(-EUCLEAN,
+				"%s space map: bitmap %" PRIu64 " is missing: run pool check", ll->name, i);
 		allocated += ENTRIES_PER_BITMAP - ll->committed[i].nr_free;
 	}
 	if (allocated != ll->nr_allocated) {
 		allocated = 0;
 		for (uint64_t i = 0; i < ll->nr_bitmaps; i++) {
-			const struct disk_bitmap *bitmap;
+			const struct disk_bitmap *bitmap = NULL;
 			int r = read_bitmap(ll, ll->committed[i].blocknr, &bitmap);
 
 			if (r < 0)
@@ -418,7 +433,8 @@ int ll_opened(struct ll *ll)
 		}
 	}
 	if (allocated > ll->nr_blocks)
-		return bs_fail(-EUCLEAN, "%s space map: %" PRIu64 " of %" PRIu64 " blocks in use: run pool check", ll->name,
+		return bs_fail(-EUCLEAN,
+			"%s space map: %" PRIu64 " of %" PRIu64 " blocks in use: run pool check", ll->name,
 			allocated, ll->nr_blocks);
 	ll->nr_allocated = allocated;
 	ll->committed_free = ll->nr_blocks - allocated;
@@ -520,7 +536,8 @@ static int flush_bitmap(struct ll *ll, uint64_t i, const uint64_t *blocks, size_
 		r = write_overflow(ll, blocks[k], before, count);
 	}
 	if (r >= 0)
-		count_free((struct disk_bitmap *)b->data, &ll->working[i].nr_free, &ll->working[i].none_free_before);
+		count_free((struct disk_bitmap *)b->data, &ll->working[i].nr_free,
+			&ll->working[i].none_free_before);
 	return r < 0 ? r : 0;
 }
 

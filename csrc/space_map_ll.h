@@ -1,14 +1,15 @@
 /*
- * What both space maps are made of: two-bit counts in bitmap blocks, larger counts in an overflow tree, an index of the
- * bitmaps, and the changes of the running transaction, which stay in memory until commit.
+ * What both space maps are made of: two-bit counts in bitmap blocks, larger counts in an overflow tree, an
+ * index of the bitmaps, and the changes of the running transaction, which stay in memory until commit.
  *
- * The committed state is immutable and everything is read from it; `pending` holds the count of each block that the
- * transaction touched. At commit ll_flush writes the pending counts into shadowed bitmaps and overflow nodes, which
- * allocates and frees metadata blocks, whose counts become pending in the metadata map in turn: it goes on until
- * nothing is left, which ends because each structure is shadowed once a transaction at most.
+ * The committed state is immutable and everything is read from it; `pending` holds the count of each block
+ * that the transaction touched. At commit ll_flush writes the pending counts into shadowed bitmaps and
+ * overflow nodes, which allocates and frees metadata blocks, whose counts become pending in the metadata map
+ * in turn: it goes on until nothing is left, which ends because each structure is shadowed once a transaction
+ * at most.
  *
- * The index (16 bytes for 16320 blocks) is kept in memory whole. Where it lies on disk is the difference of the two
- * maps: space_map_disk keeps it in a tree, space_map_metadata in one block.
+ * The index (16 bytes for 16320 blocks) is kept in memory whole. Where it lies on disk is the difference of
+ * the two maps: space_map_disk keeps it in a tree, space_map_metadata in one block.
  */
 #ifndef BS_SPACE_MAP_LL_H
 #define BS_SPACE_MAP_LL_H
@@ -80,13 +81,14 @@ uint64_t ll_available(const struct ll *ll);
 /* Rough upper bound of the metadata blocks that writing the pending changes allocates. */
 uint64_t ll_commit_cost(const struct ll *ll);
 
-/* Take a free block out of circulation without counting it; then ll_take (count 1) or ll_unreserve. Survives commits. */
+/* Take a free block out of circulation without counting it; then ll_take (count 1) or ll_unreserve. Survives
+ * commits. */
 int ll_reserve(struct ll *ll, uint64_t *ret);
 int ll_take(struct ll *ll, uint64_t block);
 void ll_unreserve(struct ll *ll, uint64_t block);
 
-/* Write pending changes into bitmaps and overflow tree, entries of ll->working with `changed` set; the index is the
- * caller's. */
+/* Write pending changes into bitmaps and overflow tree, entries of ll->working with `changed` set; the index
+ * is the caller's. */
 int ll_flush(struct ll *ll);
 bool ll_is_flushed(const struct ll *ll);
 /* The superblock with the flushed state is on disk: it is the committed one now. */

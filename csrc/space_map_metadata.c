@@ -11,8 +11,8 @@ static const struct bm_validator index_validator = {"metadata index", INDEX_SALT
 static int check_size(uint64_t nr_blocks)
 {
 	if (nr_blocks == 0 || nr_blocks > METADATA_MAX_BLOCKS)
-		return bs_fail(-EINVAL, "a metadata device of %" PRIu64 " blocks: 1 to %llu are possible", nr_blocks,
-			(unsigned long long)METADATA_MAX_BLOCKS);
+		return bs_fail(-EINVAL, "a metadata device of %" PRIu64 " blocks: 1 to %llu are possible",
+			nr_blocks, (unsigned long long)METADATA_MAX_BLOCKS);
 	return 0;
 }
 
@@ -37,8 +37,8 @@ int sm_metadata_open(struct sm_metadata *sm, struct transaction_manager *tm, con
 	int r = check_size(le64_get(root->nr_blocks));
 
 	if (r == 0)
-		r = ll_init_committed(&sm->ll, tm, "metadata", le64_get(root->nr_blocks), le64_get(root->nr_allocated),
-			le64_get(root->ref_count_root));
+		r = ll_init_committed(&sm->ll, tm, "metadata", le64_get(root->nr_blocks),
+			le64_get(root->nr_allocated), le64_get(root->ref_count_root));
 	if (r < 0)
 		return r;
 	tm->sm = &sm->ll.sm;

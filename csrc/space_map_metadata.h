@@ -9,10 +9,12 @@ struct sm_metadata {
 	uint64_t index_root;
 };
 
-/* An empty map in which block 0, the superblock, is taken. tm->sm must point to it before anything else is done. */
+/* An empty map in which block 0, the superblock, is taken. tm->sm must point to it before anything else is
+ * done. */
 int sm_metadata_create(struct sm_metadata *sm, struct transaction_manager *tm, uint64_t nr_blocks);
 int sm_metadata_open(struct sm_metadata *sm, struct transaction_manager *tm, const struct disk_sm_root *root);
-/* Write all pending counts, those that the writing itself makes included. Last of all maps and trees in a commit. */
+/* Write all pending counts, those that the writing itself makes included. Last of all maps and trees in a
+ * commit. */
 int sm_metadata_flush(struct sm_metadata *sm, struct disk_sm_root *ret);
 int sm_metadata_extend(struct sm_metadata *sm, uint64_t nr_blocks);
 

@@ -117,8 +117,9 @@ struct tree_check {
 	struct check *c;
 	const struct tree_kind *kind;
 	const char *label;
-	void *context; /* the kind's */
-	int depth;     /* frames that are open; the frame behind them is the one being looked at */
+	void *context;  /* the kind's */
+	uint32_t owner; /* the caller's: whoever walks is noted as owner of the nodes that it meets first */
+	int depth;      /* frames that are open; the frame behind them is the one being looked at */
 	struct disk_node *root_node;
 	uint64_t damages;
 	char first_damage[1100]; /* kept until it is known how much is lost */

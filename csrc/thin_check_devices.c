@@ -94,7 +94,6 @@ struct device_context {
 	const struct device_set *set;
 	struct check_device *devices;
 	size_t nr_devices, capacity;
-	uint32_t current; /* index of the device being walked */
 	uint32_t snapshotted_time;
 };
 
@@ -171,7 +170,6 @@ static void mapping_leaf(struct tree_check *t, const struct disk_node *leaf, boo
 	uint32_t nr = node_nr(leaf), latest = 0;
 
 	(void)known; /* mapping trees are not opened twice */
-	info->owner = context->current;
 	for (uint32_t i = 0; i < nr; i++) {
 		uint64_t key = node_key(leaf, i), value = node_value64(leaf, i), block = mapping_block(value);
 		uint32_t time = mapping_time(value);
@@ -355,7 +353,7 @@ static void check_mapped_blocks(struct check *c, const struct check_device *devi
 static void check_mappings(
 	struct check *c, struct tree_check *t, struct device_context *context, const char *label)
 {
-	const struct check_device *device = &context->devices[context->current];
+	const struct check_device *device = &context->devices[t->owner];
 
 	context->snapshotted_time =
 		device->has_details ? le32_get(device->details.snapshotted_time) : UINT32_MAX;
@@ -371,7 +369,7 @@ static void check_mappings(
 static void check_device(struct check *c, struct tree_check *t, struct device_context *context,
 	bool details_whole, bool roots_whole)
 {
-	const struct check_device *device = &context->devices[context->current];
+	const struct check_device *device = &context->devices[t->owner];
 	char label[64];
 
 	snprintf(label, sizeof(label), "%sdevice %" PRIu64, context->set->prefix, device->id);
@@ -414,7 +412,7 @@ void check_devices(struct check *c, struct tree_check *t, const struct device_se
 	if (set->live)
 		c->result.devices = context.nr_devices;
 	for (size_t i = 0; i < context.nr_devices && !c->error && !c->out->error; i++) {
-		context.current = (uint32_t)i;
+		t->owner = (uint32_t)i;
 		check_device(c, t, &context, details_whole, roots_whole);
 	}
 	free(context.devices);

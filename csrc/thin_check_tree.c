@@ -233,6 +233,9 @@ static void visit(struct tree_check *t, struct disk_node *buffer, bool loaded)
 		return;
 	struct block_info *info = &t->c->blocks[block];
 	bool known = info->role != ROLE_NONE;
+
+	if (!known)
+		info->owner = t->owner;
 	if (known && (!t->kind->revisit || info->damaged)) {
 		meet_known(t, info);
 		return;

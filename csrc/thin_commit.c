@@ -1,13 +1,13 @@
 /*
  * When and in which order things reach the disk.
  *
- * A commit: wait for the I/O in flight if blocks were freed (they may be handed out again afterwards), flush the data
- * device, write the metadata, flush, write the superblock, flush; then give freed space back to the backing file. A
- * mapping is inserted only after the data it refers to was written, and insertions need the lock that a commit holds: so
- * the flush covers all data that the committed mappings refer to.
+ * A commit: wait for the I/O in flight if blocks were freed (they may be handed out again afterwards), flush
+ * the data device, write the metadata, flush, write the superblock, flush; then give freed space back to the
+ * backing file. A mapping is inserted only after the data it refers to was written, and insertions need the
+ * lock that a commit holds: so the flush covers all data that the committed mappings refer to.
  *
- * Group commit: whoever asks while a commit runs waits for the next one, which serves all that wait. The first flush of
- * the data happens outside the lock, so that the one inside finds little to do.
+ * Group commit: whoever asks while a commit runs waits for the next one, which serves all that wait. The
+ * first flush of the data happens outside the lock, so that the one inside finds little to do.
  *
  * A failed flush of data counts as a failed commit: what the kernel dropped cannot be flushed again.
  */
@@ -32,7 +32,8 @@ int check_writable(struct bs_pool *pool)
 	if (status.failed)
 		return bs_fail(-EIO, "the pool failed earlier: close it and run pool check");
 	if (status.needs_check)
-		return bs_fail(-EUCLEAN, "the pool is read-only until it was checked (needs_check): run pool check");
+		return bs_fail(
+			-EUCLEAN, "the pool is read-only until it was checked (needs_check): run pool check");
 	if (pool->read_only)
 		return bs_fail(-EROFS, "the pool is open read-only");
 	return 0;
@@ -63,7 +64,8 @@ int break_transaction(struct bs_pool *pool, int err)
 	free_retired(pool, true);
 	for (struct bs_device *d = pool->devices; d; d = d->next)
 		atomic_store(&d->snapshotted_time, d->thin->snapshotted_time);
-	return bs_fail(err, "%s; the pool went back to its last commit and is read-only: run pool check", message);
+	return bs_fail(
+		err, "%s; the pool went back to its last commit and is read-only: run pool check", message);
 }
 
 static int flush_data(struct bs_pool *pool)
@@ -209,7 +211,8 @@ int reserve_data(struct bs_pool *pool, uint64_t *ret)
 	return thin_reserve(pool->md, ret);
 }
 
-/* At least once a second what was changed is committed; errors show at the next flush, in the pool's state. */
+/* At least once a second what was changed is committed; errors show at the next flush, in the pool's state.
+ */
 static void *committer_main(void *argument)
 {
 	struct bs_pool *pool = argument;

@@ -1,15 +1,16 @@
 /*
  * The data path: a request in bytes becomes an unaligned head, whole thin blocks and an unaligned tail.
  *
- * Fast path: the mapping comes from the map cache, without a lock, inside a grace section that covers the I/O;
- * neighbouring thin blocks in neighbouring data blocks make one transfer. A write goes in place if the entry's time is
- * not below the device's snapshotted_time: nobody else reaches the block.
+ * Fast path: the mapping comes from the map cache, without a lock, inside a grace section that covers the
+ * I/O; neighbouring thin blocks in neighbouring data blocks make one transfer. A write goes in place if the
+ * entry's time is not below the device's snapshotted_time: nobody else reaches the block.
  *
- * Slow path (hole, perhaps shared, not cached): one thread at a time for a thin block (its cell). Under the pool's lock
- * the exact answer is looked up and, if need be, a data block reserved; the lock is given away while the block's new
- * content is written, and taken again to insert the mapping. So a mapping never refers to data that is not written yet,
- * and nobody sees a block half made. Between the two, a snapshot may happen (the write then counts as later), a discard
- * (ditto), a commit (the reserved block is not counted yet and cannot leak).
+ * Slow path (hole, perhaps shared, not cached): one thread at a time for a thin block (its cell). Under the
+ * pool's lock the exact answer is looked up and, if need be, a data block reserved; the lock is given away
+ * while the block's new content is written, and taken again to insert the mapping. So a mapping never refers
+ * to data that is not written yet, and nobody sees a block half made. Between the two, a snapshot may happen
+ * (the write then counts as later), a discard (ditto), a commit (the reserved block is not counted yet and
+ * cannot leak).
  */
 #include <errno.h>
 #include <inttypes.h>
@@ -33,7 +34,8 @@ static int check_range(struct bs_device *device, uint64_t offset, uint64_t lengt
 	uint64_t size = atomic_load(&device->size);
 
 	if (offset > size || length > size - offset)
-		return bs_fail(-EINVAL, "bytes %" PRIu64 " to %" PRIu64 " are beyond the device's end at %" PRIu64, offset,
+		return bs_fail(-EINVAL,
+			"bytes %" PRIu64 " to %" PRIu64 " are beyond the device's end at %" PRIu64, offset,
 			offset + length, size);
 	return 0;
 }
@@ -53,8 +55,8 @@ static int load_page(struct bs_device *device, uint64_t block)
 	struct bs_pool *pool = device->pool;
 	uint64_t blocks[MAP_PAGE_ENTRIES], packed[MAP_PAGE_ENTRIES];
 	uint64_t index = block / MAP_PAGE_ENTRIES, begin = index * MAP_PAGE_ENTRIES;
-	int n = thin_scan(
-		pool->md, device->thin, begin, begin + MAP_PAGE_ENTRIES - 1, blocks, packed, MAP_PAGE_ENTRIES);
+	int n = thin_scan(pool->md, device->thin, begin, begin + MAP_PAGE_ENTRIES - 1, blocks, packed,
+		MAP_PAGE_ENTRIES);
 
 	if (n < 0)
 		return n;
@@ -89,7 +91,8 @@ static bool writable_in_place(struct bs_device *device, uint64_t entry)
 
 /* ---- read ---- */
 
-/* Bytes from offset on that lie in one piece: in a run of data blocks, or in holes (ret_data = MAP_HOLE). 0: not cached. */
+/* Bytes from offset on that lie in one piece: in a run of data blocks, or in holes (ret_data = MAP_HOLE). 0:
+ * not cached. */
 static uint64_t find_run(struct bs_device *device, uint64_t offset, uint64_t length, uint64_t *ret_data)
 {
 	struct bs_pool *pool = device->pool;
@@ -101,7 +104,8 @@ static uint64_t find_run(struct bs_device *device, uint64_t offset, uint64_t len
 	uint64_t data = entry == MAP_HOLE ? 0 : mapping_block(entry);
 	*ret_data = entry == MAP_HOLE ? MAP_HOLE : data * pool->block_size + within;
 	while (run < length && cached(device, ++block, &next)) {
-		bool joins = entry == MAP_HOLE ? next == MAP_HOLE : next != MAP_HOLE && mapping_block(next) == ++data;
+		bool joins = entry == MAP_HOLE ? next == MAP_HOLE
+					       : next != MAP_HOLE && mapping_block(next) == ++data;
 
 		if (!joins)
 			break;
@@ -197,7 +201,8 @@ static void make_key(void)
 	pthread_key_create(&copy_buffer_key, free);
 }
 
-/* A buffer of COPY_CHUNK bytes of this thread: fresh ones of that size would cost a page fault for each 4 KiB. */
+/* A buffer of COPY_CHUNK bytes of this thread: fresh ones of that size would cost a page fault for each 4
+ * KiB. */
 static unsigned char *get_copy_buffer(void)
 {
 	pthread_once(&copy_buffer_once, make_key);
@@ -208,9 +213,10 @@ static unsigned char *get_copy_buffer(void)
 	return copy_buffer;
 }
 
-/* Write bytes begin to end of a new data block: what the piece covers from it, the rest from old (or zero). */
-static int fill_chunk(struct bs_pool *pool, uint64_t old, uint64_t target, const struct piece *piece, uint64_t begin,
-	uint64_t end)
+/* Write bytes begin to end of a new data block: what the piece covers from it, the rest from old (or zero).
+ */
+static int fill_chunk(struct bs_pool *pool, uint64_t old, uint64_t target, const struct piece *piece,
+	uint64_t begin, uint64_t end)
 {
 	uint64_t piece_end = piece->within + piece->n;
 	uint64_t from = piece->within > begin ? piece->within : begin, to = minimum(piece_end, end);
@@ -243,7 +249,8 @@ static int fill_block(struct bs_pool *pool, uint64_t old, uint64_t target, const
 	int r = 0;
 
 	for (uint64_t begin = 0; r == 0 && begin < pool->block_size; begin += COPY_CHUNK)
-		r = fill_chunk(pool, old, target, piece, begin, minimum(begin + COPY_CHUNK, pool->block_size));
+		r = fill_chunk(
+			pool, old, target, piece, begin, minimum(begin + COPY_CHUNK, pool->block_size));
 	return r;
 }
 
@@ -281,7 +288,8 @@ static int insert_mapping(struct bs_device *device, uint64_t block, uint64_t tar
 	return 0;
 }
 
-/* Look up exactly, with the lock held: 1 the block may be written in place (ret), 0 it needs a new data block. */
+/* Look up exactly, with the lock held: 1 the block may be written in place (ret), 0 it needs a new data
+ * block. */
 static int decide(struct bs_device *device, uint64_t block, uint64_t *ret)
 {
 	struct thin_metadata_status status;
@@ -329,7 +337,8 @@ static int write_in_place(struct bs_device *device, const struct piece *piece, u
 	int ticket = grace_enter(&pool->grace);
 
 	pthread_mutex_unlock(&pool->lock);
-	int r = data_write(pool, mapping_block(entry) * pool->block_size + piece->within, piece->buffer, piece->n);
+	int r = data_write(
+		pool, mapping_block(entry) * pool->block_size + piece->within, piece->buffer, piece->n);
 	grace_exit(&pool->grace, ticket);
 	pthread_mutex_lock(&pool->lock);
 	return r;

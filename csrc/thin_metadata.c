@@ -1,12 +1,16 @@
 /*
  * Invariants:
  * 1. A device's root and details are authoritative in struct thin_device while one exists, else in the trees.
- * 2. Before a device's tree is changed the first time in a transaction the top-level path to it is shadowed: with a
- *    held metadata snapshot that is what counts the old root once more.
- * 3. A mapping whose data block another device reaches has time < snapshotted_time in both (set by each snapshot), so
- *    time alone proves a block unshared; the reverse needs the counts of the path and of the data block.
- * 4. Order of a commit: (data flushed by the engine,) details and roots, data map, metadata map, all blocks, flush,
- *    superblock, flush.
+ * 2. Before a device's tree is changed the first time in a transaction the top-level path to it is shadowed:
+ * with a held metadata snapshot that is what counts the old root once more.
+ * 3. A mapping whose data block another device reaches has time < snapshotted_time in both (set by each
+ * snapshot), so time alone proves a block unshared; the reverse needs the counts of the path and of the data
+ * block.
+ * 4. A data block may be overwritten in place only if nobody else reaches it in the running transaction *and*
+ * in the committed state: the other's mapping may have gone only a moment ago, and a crash would bring it
+ * back.
+ * 5. Order of a commit: (data flushed by the engine,) details and roots, data map, metadata map, all blocks,
+ * flush, superblock, flush.
  */
 #include "thin_metadata.h"
 
@@ -22,7 +26,7 @@
 
 #define CACHE_BLOCKS 8192 /* 32 MiB */
 #define OPERATION_ROOM 36 /* metadata blocks that one change allocates at most */
-#define MAX_RESERVE 4096 /* blocks kept for changes that give space back, as the kernel does */
+#define MAX_RESERVE 4096  /* blocks kept for changes that give space back, as the kernel does */
 
 struct thin_metadata {
 	struct io *io;
@@ -184,25 +188,30 @@ static int check_superblock(struct io *io, const struct disk_superblock *sb)
 	if (all_zero(sb, sizeof(*sb)))
 		return bs_fail(-EMEDIUMTYPE, "%s holds no thin pool yet: run pool create", io->name);
 	if (le64_get(sb->magic) != SUPERBLOCK_MAGIC)
-		return bs_fail(-EMEDIUMTYPE, "%s is not the metadata of a thin pool (magic %" PRIu64 ")", io->name,
-			le64_get(sb->magic));
+		return bs_fail(-EMEDIUMTYPE, "%s is not the metadata of a thin pool (magic %" PRIu64 ")",
+			io->name, le64_get(sb->magic));
 	int r = block_verify(sb, 0, &(struct bm_validator){"superblock", SUPERBLOCK_SALT, NULL});
 	if (r < 0)
 		return r;
-	if (le32_get(sb->version) != SUPERBLOCK_VERSION || le32_get(sb->metadata_block_size) != METADATA_BLOCK_SECTORS)
-		return bs_fail(-EMEDIUMTYPE, "%s: version %u with metadata blocks of %u sectors is not supported", io->name,
+	if (le32_get(sb->version) != SUPERBLOCK_VERSION ||
+		le32_get(sb->metadata_block_size) != METADATA_BLOCK_SECTORS)
+		return bs_fail(-EMEDIUMTYPE,
+			"%s: version %u with metadata blocks of %u sectors is not supported", io->name,
 			le32_get(sb->version), le32_get(sb->metadata_block_size));
 	if (le32_get(sb->incompat_flags) || le32_get(sb->compat_ro_flags) ||
 		le32_get(sb->flags) & ~SUPERBLOCK_NEEDS_CHECK)
 		return bs_fail(-EMEDIUMTYPE, "%s uses features that this version does not know", io->name);
 	if (!block_size_fits(le32_get(sb->data_block_size)))
-		return bs_fail(-EMEDIUMTYPE, "%s: data blocks of %u sectors are not possible: run pool check", io->name,
-			le32_get(sb->data_block_size));
+		return bs_fail(-EMEDIUMTYPE, "%s: data blocks of %u sectors are not possible: run pool check",
+			io->name, le32_get(sb->data_block_size));
 	if (blocks > METADATA_MAX_BLOCKS || size < 0 || (uint64_t)size / METADATA_BLOCK_SIZE < blocks)
-		return bs_fail(-EUCLEAN, "%s is shorter (%" PRId64 " bytes) than its metadata (%" PRIu64 " blocks): "
-			"restore its size", io->name, size, blocks);
+		return bs_fail(-EUCLEAN,
+			"%s is shorter (%" PRId64 " bytes) than its metadata (%" PRIu64 " blocks): "
+			"restore its size",
+			io->name, size, blocks);
 	if (le32_get(sb->time) > MAX_TIME)
-		return bs_fail(-EUCLEAN, "%s: snapshot time %u is out of range: run pool check", io->name, le32_get(sb->time));
+		return bs_fail(-EUCLEAN, "%s: snapshot time %u is out of range: run pool check", io->name,
+			le32_get(sb->time));
 	return 0;
 }
 
@@ -269,9 +278,11 @@ int thin_metadata_format(struct io *io, uint32_t data_block_sectors, uint64_t nr
 	if (r < 0)
 		return r;
 	if (!all_zero(&sb, sizeof(sb)))
-		return bs_fail(-EEXIST, "%s is not empty: zero its first 4096 bytes if its content may go", io->name);
+		return bs_fail(-EEXIST, "%s is not empty: zero its first 4096 bytes if its content may go",
+			io->name);
 	if (!block_size_fits(data_block_sectors))
-		return bs_fail(-EINVAL, "a block size of %" PRIu64 " bytes: 4K, 8K, 16K, 32K or a multiple of 64K up to 1G",
+		return bs_fail(-EINVAL,
+			"a block size of %" PRIu64 " bytes: 4K, 8K, 16K, 32K or a multiple of 64K up to 1G",
 			(uint64_t)data_block_sectors * SECTOR_SIZE);
 	uint64_t nr_blocks = io_size(io) / METADATA_BLOCK_SIZE;
 	if (nr_blocks > METADATA_MAX_BLOCKS)
@@ -312,7 +323,8 @@ int thin_metadata_room(const struct thin_metadata *md, bool releasing)
 	uint64_t need = OPERATION_ROOM + ll_commit_cost(ll) + ll_commit_cost(&md->data_sm.ll);
 
 	if (ll_available(ll) < need + (releasing ? 0 : reserve))
-		return bs_fail(-ENOSPC, "the metadata device is full (%" PRIu64 " blocks): run pool extend with a larger one",
+		return bs_fail(-ENOSPC,
+			"the metadata device is full (%" PRIu64 " blocks): run pool extend with a larger one",
 			ll->nr_blocks);
 	return 0;
 }
@@ -441,7 +453,8 @@ int thin_metadata_abort(struct thin_metadata *md)
 int thin_metadata_set_transaction_id(struct thin_metadata *md, uint64_t current, uint64_t id)
 {
 	if (md->transaction_id != current)
-		return bs_fail(-EINVAL, "the pool's transaction id is %" PRIu64 ", not %" PRIu64, md->transaction_id, current);
+		return bs_fail(-EINVAL, "the pool's transaction id is %" PRIu64 ", not %" PRIu64,
+			md->transaction_id, current);
 	md->transaction_id = id;
 	md->changed = true;
 	return 0;
@@ -462,7 +475,9 @@ int thin_metadata_extend(struct thin_metadata *md, uint64_t nr_metadata_blocks, 
 		uint64_t bitmaps = (nr_data_blocks - md->data_sm.ll.nr_blocks) / ENTRIES_PER_BITMAP + 2;
 
 		if (ll_available(&md->metadata_sm.ll) < 2 * bitmaps + OPERATION_ROOM)
-			return bs_fail(-ENOSPC, "the metadata device is too small for %" PRIu64 " data blocks: extend it first",
+			return bs_fail(-ENOSPC,
+				"the metadata device is too small for %" PRIu64
+				" data blocks: extend it first",
 				nr_data_blocks);
 		r = sm_disk_extend(&md->data_sm, nr_data_blocks);
 		md->changed = true;
@@ -587,7 +602,8 @@ int thin_create_snapshot(struct thin_metadata *md, uint32_t id, uint32_t origin)
 	if (r < 0)
 		return r;
 	if (md->time == MAX_TIME)
-		return bs_fail(-EOVERFLOW, "the pool has taken %u snapshots, the most that the format can count", MAX_TIME);
+		return bs_fail(-EOVERFLOW,
+			"the pool has taken %u snapshots, the most that the format can count", MAX_TIME);
 	r = thin_device_get(md, origin, &device);
 	if (r < 0)
 		return r;
@@ -646,37 +662,77 @@ int thin_devices(struct thin_metadata *md, uint32_t begin, struct bs_device_info
 
 /* ---- mappings ---- */
 
-int thin_lookup(struct thin_metadata *md, struct thin_device *device, uint64_t block, uint64_t *ret, bool *ret_shared)
+/* Does anything but this device's own mapping of the block reach a data block in the present state, or
+ * (committed) in the one that a crash would bring back? packed: the present mapping. */
+static int is_shared(struct thin_metadata *md, uint64_t root, uint64_t block, uint64_t packed, bool committed,
+	bool *ret_shared)
+{
+	struct space_map *sm = &md->data_sm.ll.sm;
+	struct le64 mapped;
+	uint32_t count;
+	int r = btree_lookup_shared(&md->mappings, root, block, committed, &mapped, ret_shared);
+
+	if (r < 0 || *ret_shared)
+		return r < 0 ? r : 0;
+	bool own = r == 1 && mapping_block(le64_get(mapped)) == mapping_block(packed);
+	r = committed ? sm_committed_count(sm, mapping_block(packed), &count)
+		      : sm_count(sm, mapping_block(packed), &count);
+	*ret_shared = count > own;
+	return r;
+}
+
+/* Invariant 4. */
+static int is_shared_in_committed(struct thin_metadata *md, struct thin_device *device, uint64_t block,
+	uint64_t packed, bool *ret_shared)
+{
+	struct le64 root;
+	uint32_t count;
+	int r = btree_lookup(&md->top, le64_get(md->superblock.data_mapping_root), device->id, &root);
+
+	if (r == 1)
+		return is_shared(md, le64_get(root), block, packed, true, ret_shared);
+	if (r == 0) {
+		r = sm_committed_count(&md->data_sm.ll.sm, mapping_block(packed), &count);
+		*ret_shared = count > 0;
+	}
+	return r;
+}
+
+int thin_lookup(
+	struct thin_metadata *md, struct thin_device *device, uint64_t block, uint64_t *ret, bool *ret_shared)
 {
 	struct le64 packed;
-	uint32_t count;
+
 	bm_trim(md->bm);
-	int r = btree_lookup_shared(&md->mappings, device->root, block, &packed, ret_shared);
+	int r = btree_lookup(&md->mappings, device->root, block, &packed);
 	if (r <= 0)
 		return r;
 	*ret = le64_get(packed);
+	*ret_shared = false;
 	if (mapping_block(*ret) >= md->data_sm.ll.nr_blocks)
-		return bs_fail(-EUCLEAN, "device %u: block %" PRIu64 " is mapped beyond the data device: run pool check",
+		return bs_fail(-EUCLEAN,
+			"device %u: block %" PRIu64 " is mapped beyond the data device: run pool check",
 			device->id, block);
 	/* Invariant 3; a held metadata snapshot raises counts without another device being there. */
 	if (device->snapshotted_time <= mapping_time(*ret))
-		*ret_shared = false;
-	else if (!*ret_shared) {
-		r = sm_count(&md->data_sm.ll.sm, mapping_block(*ret), &count);
-		*ret_shared = count > 1;
-	}
+		return 1;
+	r = is_shared(md, device->root, block, *ret, false, ret_shared);
+	if (r == 0 && !*ret_shared)
+		r = is_shared_in_committed(md, device, block, *ret, ret_shared);
 	return r < 0 ? r : 1;
 }
 
-int thin_scan(struct thin_metadata *md, struct thin_device *device, uint64_t begin, uint64_t last, uint64_t *ret_blocks,
-	uint64_t *ret_packed, int capacity)
+int thin_scan(struct thin_metadata *md, struct thin_device *device, uint64_t begin, uint64_t last,
+	uint64_t *ret_blocks, uint64_t *ret_packed, int capacity)
 {
 	bm_trim(md->bm);
 	int n = btree_scan(&md->mappings, device->root, begin, last, ret_blocks, ret_packed, capacity);
 	for (int i = 0; i < n; i++) {
 		ret_packed[i] = le64toh(ret_packed[i]);
 		if (mapping_block(ret_packed[i]) >= md->data_sm.ll.nr_blocks)
-			return bs_fail(-EUCLEAN, "device %u: block %" PRIu64 " is mapped beyond the data device: run pool check",
+			return bs_fail(-EUCLEAN,
+				"device %u: block %" PRIu64
+				" is mapped beyond the data device: run pool check",
 				device->id, ret_blocks[i]);
 	}
 	return n;
@@ -692,8 +748,8 @@ void thin_unreserve(struct thin_metadata *md, uint64_t data_block)
 	ll_unreserve(&md->data_sm.ll, data_block);
 }
 
-int thin_insert(
-	struct thin_metadata *md, struct thin_device *device, uint64_t block, uint64_t data_block, uint64_t *ret)
+int thin_insert(struct thin_metadata *md, struct thin_device *device, uint64_t block, uint64_t data_block,
+	uint64_t *ret)
 {
 	struct le64 old;
 	uint64_t packed = mapping_pack(data_block, md->time);
@@ -736,7 +792,8 @@ int thin_hold_snapshot(struct thin_metadata *md)
 	uint64_t written;
 
 	if (md->held_root)
-		return bs_fail(-EBUSY, "a metadata snapshot is held already, at block %" PRIu64, md->held_root);
+		return bs_fail(
+			-EBUSY, "a metadata snapshot is held already, at block %" PRIu64, md->held_root);
 	int r = thin_metadata_commit(md, &written);
 	if (r == 0)
 		r = tm_new(&md->tm, &superblock_validator, &copy);

@@ -1,9 +1,9 @@
 /*
  * The metadata of a thin pool: devices, mappings and counts, changed in transactions.
  *
- * Not thread-safe: the engine serialises. After an error of a changing call (other than -EEXIST, -ENODATA, -EBUSY,
- * -EINVAL, -EOVERFLOW and what thin_metadata_room refuses beforehand) the transaction is broken: call thin_metadata_abort. Data must be flushed before
- * thin_metadata_commit.
+ * Not thread-safe: the engine serialises. After an error of a changing call (other than -EEXIST, -ENODATA,
+ * -EBUSY, -EINVAL, -EOVERFLOW and what thin_metadata_room refuses beforehand) the transaction is broken: call
+ * thin_metadata_abort. Data must be flushed before thin_metadata_commit.
  */
 #ifndef BS_THIN_METADATA_H
 #define BS_THIN_METADATA_H
@@ -16,7 +16,8 @@
 
 struct thin_metadata;
 
-/* A device of the pool while someone refers to it; fields are read by the holder, changed by thin_metadata.c. */
+/* A device of the pool while someone refers to it; fields are read by the holder, changed by thin_metadata.c.
+ */
 struct thin_device {
 	uint32_t id;
 	uint32_t creation_time;
@@ -25,9 +26,9 @@ struct thin_device {
 	uint64_t mapped_blocks;
 	uint64_t transaction_id;
 	unsigned int references;
-	bool changed;	    /* details or root are to be written at commit */
+	bool changed;       /* details or root are to be written at commit */
 	bool path_shadowed; /* the top-level path to it is this transaction's own */
-	bool gone;	    /* it did not exist any more after an abort */
+	bool gone;          /* it did not exist any more after an abort */
 	struct thin_device *next;
 };
 
@@ -49,12 +50,13 @@ int thin_metadata_open(struct io *io, struct thin_metadata **ret);
 void thin_metadata_close(struct thin_metadata *md);
 
 void thin_metadata_status(const struct thin_metadata *md, struct thin_metadata_status *ret);
-/* -ENOSPC when the metadata device has no room for one more change and its commit. A reserve is kept for changes that
- * only give space back (releasing). */
+/* -ENOSPC when the metadata device has no room for one more change and its commit. A reserve is kept for
+ * changes that only give space back (releasing). */
 int thin_metadata_room(const struct thin_metadata *md, bool releasing);
 /* ret: bytes written. */
 int thin_metadata_commit(struct thin_metadata *md, uint64_t *ret_bytes);
-/* Back to the committed state, needs_check set there. Devices stay valid, those that are not there any more are gone. */
+/* Back to the committed state, needs_check set there. Devices stay valid, those that are not there any more
+ * are gone. */
 int thin_metadata_abort(struct thin_metadata *md);
 int thin_metadata_set_transaction_id(struct thin_metadata *md, uint64_t current, uint64_t id);
 int thin_metadata_extend(struct thin_metadata *md, uint64_t nr_metadata_blocks, uint64_t nr_data_blocks);
@@ -71,21 +73,24 @@ int thin_device_get(struct thin_metadata *md, uint32_t id, struct thin_device **
 void thin_device_put(struct thin_metadata *md, struct thin_device *device);
 
 /* The packed mapping of a block: 1 mapped, 0 hole. ret_shared: another device reaches the same data block. */
-int thin_lookup(struct thin_metadata *md, struct thin_device *device, uint64_t block, uint64_t *ret, bool *ret_shared);
+int thin_lookup(struct thin_metadata *md, struct thin_device *device, uint64_t block, uint64_t *ret,
+	bool *ret_shared);
 /* Mappings with begin <= thin block <= last, packed, ascending; returns their number. */
-int thin_scan(struct thin_metadata *md, struct thin_device *device, uint64_t begin, uint64_t last, uint64_t *ret_blocks,
-	uint64_t *ret_packed, int capacity);
+int thin_scan(struct thin_metadata *md, struct thin_device *device, uint64_t begin, uint64_t last,
+	uint64_t *ret_blocks, uint64_t *ret_packed, int capacity);
 
 /* A free data block, not counted until thin_insert; thin_unreserve gives it back. */
 int thin_reserve(struct thin_metadata *md, uint64_t *ret);
 void thin_unreserve(struct thin_metadata *md, uint64_t data_block);
-/* Map a block to a reserved data block at the present time; what it was mapped to loses a reference. ret: packed. */
+/* Map a block to a reserved data block at the present time; what it was mapped to loses a reference. ret:
+ * packed. */
 int thin_insert(struct thin_metadata *md, struct thin_device *device, uint64_t block, uint64_t data_block,
 	uint64_t *ret);
 /* 1 unmapped, 0 was a hole. */
 int thin_remove(struct thin_metadata *md, struct thin_device *device, uint64_t block);
 
-/* Data blocks that no one refers to once the running transaction is committed, ascending; the caller frees. */
+/* Data blocks that no one refers to once the running transaction is committed, ascending; the caller frees.
+ */
 int thin_freed_blocks(struct thin_metadata *md, uint64_t **ret_blocks, uint64_t *ret_nr);
 
 /* Hold the committed state for readers (one at a time); both commit, so data must be flushed before. */

@@ -15,13 +15,16 @@ int bs_pool_format(const char *metadata, const char *data, uint64_t data_bytes, 
 
 	if (r == 0)
 		r = io_file_open(data, 0, &data_io);
-	if (r == 0 && (block_size < MIN_DATA_BLOCK_SIZE || block_size > MAX_DATA_BLOCK_SIZE || block_size % SECTOR_SIZE))
-		r = bs_fail(-EINVAL, "a block size of %" PRIu64 " bytes: 4K, 8K, 16K, 32K or a multiple of 64K up to 1G",
+	if (r == 0 && (block_size < MIN_DATA_BLOCK_SIZE || block_size > MAX_DATA_BLOCK_SIZE ||
+			      block_size % SECTOR_SIZE))
+		r = bs_fail(-EINVAL,
+			"a block size of %" PRIu64 " bytes: 4K, 8K, 16K, 32K or a multiple of 64K up to 1G",
 			block_size);
 	if (r == 0 && (io_size(data_io) < 0 || (uint64_t)io_size(data_io) < data_bytes))
 		r = bs_fail(-EINVAL, "%s is shorter than %" PRIu64 " bytes", data, data_bytes);
 	if (r == 0 && data_bytes / block_size == 0)
-		r = bs_fail(-EINVAL, "%" PRIu64 " bytes of data hold no block of %" PRIu64 " bytes", data_bytes, block_size);
+		r = bs_fail(-EINVAL, "%" PRIu64 " bytes of data hold no block of %" PRIu64 " bytes",
+			data_bytes, block_size);
 	if (r == 0)
 		r = thin_metadata_format(metadata_io, block_size / SECTOR_SIZE, data_bytes / block_size);
 	io_close(data_io);
@@ -91,20 +94,32 @@ static int load_pool(struct bs_pool *pool, const char *data)
 		return r;
 	thin_metadata_status(pool->md, &status);
 	pool->block_size = status.data_block_sectors * SECTOR_SIZE;
-	pool->block_shift = (pool->block_size & (pool->block_size - 1)) == 0 ? __builtin_ctzll(pool->block_size) : -1;
+	pool->block_shift =
+		(pool->block_size & (pool->block_size - 1)) == 0 ? __builtin_ctzll(pool->block_size) : -1;
 	int64_t size = io_size(pool->data_io);
 	if (size < 0)
 		return size;
 	if ((uint64_t)size / pool->block_size < status.data_blocks)
-		return bs_fail(-EUCLEAN, "%s is shorter (%" PRId64 " bytes) than the pool says (%" PRIu64 " blocks of %" PRIu64
-			" bytes): restore its size", data, size, status.data_blocks, pool->block_size);
+		return bs_fail(-EUCLEAN,
+			"%s is shorter (%" PRId64 " bytes) than the pool says (%" PRIu64 " blocks of %" PRIu64
+			" bytes): restore its size",
+			data, size, status.data_blocks, pool->block_size);
 	if (pool->data_io->alignment > MIN_DATA_BLOCK_SIZE)
-		return bs_fail(-EOPNOTSUPP, "%s wants direct I/O in units of %u bytes: open the pool without it", data,
+		return bs_fail(-EOPNOTSUPP,
+			"%s wants direct I/O in units of %u bytes: open the pool without it", data,
 			pool->data_io->alignment);
 	return 0;
 }
 
-int bs_pool_open(const char *metadata, const char *data, unsigned int flags, struct bs_pool **ret)
+/* The devices are the pool's from here on, also when opening fails. */
+static int open_on(struct bs_pool *pool, const char *data_name)
+{
+	int r = load_pool(pool, data_name);
+
+	return r < 0 ? r : start_committer(pool);
+}
+
+static int create_pool(unsigned int flags, struct bs_pool **ret)
 {
 	struct bs_pool *pool = calloc(1, sizeof(*pool));
 
@@ -113,17 +128,45 @@ int bs_pool_open(const char *metadata, const char *data, unsigned int flags, str
 	init_locks(pool);
 	pool->read_only = flags & BS_POOL_READ_ONLY;
 	pool->passdown = flags & BS_POOL_PASSDOWN;
-	int r = open_devices(pool, metadata, data, flags);
-	if (r == 0)
-		r = load_pool(pool, data);
-	if (r == 0)
-		r = start_committer(pool);
-	if (r < 0) {
-		destroy(pool);
-		return r;
-	}
 	*ret = pool;
 	return 0;
+}
+
+int bs_pool_open(const char *metadata, const char *data, unsigned int flags, struct bs_pool **ret)
+{
+	struct bs_pool *pool;
+	int r = create_pool(flags, &pool);
+
+	if (r < 0)
+		return r;
+	r = open_devices(pool, metadata, data, flags);
+	if (r == 0)
+		r = open_on(pool, data);
+	if (r < 0)
+		destroy(pool);
+	else
+		*ret = pool;
+	return r;
+}
+
+int pool_open_on(struct io *metadata, struct io *data, unsigned int flags, struct bs_pool **ret)
+{
+	struct bs_pool *pool;
+	int r = create_pool(flags, &pool);
+
+	if (r < 0) {
+		io_close(data);
+		io_close(metadata);
+		return r;
+	}
+	pool->metadata_io = metadata;
+	pool->data_io = data;
+	r = open_on(pool, data->name);
+	if (r < 0)
+		destroy(pool);
+	else
+		*ret = pool;
+	return r;
 }
 
 int bs_pool_close(struct bs_pool *pool)
@@ -268,7 +311,8 @@ int bs_pool_extend(struct bs_pool *pool, uint64_t data_bytes)
 		r = bs_fail(-EINVAL, "a pool cannot shrink: it has %" PRIu64 " blocks of %" PRIu64 " bytes",
 			status.data_blocks, pool->block_size);
 	if (r == 0) {
-		r = thin_metadata_extend(pool->md, metadata_size / METADATA_BLOCK_SIZE, wanted / pool->block_size);
+		r = thin_metadata_extend(
+			pool->md, metadata_size / METADATA_BLOCK_SIZE, wanted / pool->block_size);
 		if (r == 0 || r == -ENOSPC) {
 			/* The metadata may have grown although the data did not: commit that. */
 			int committed = pool->held ? 0 : commit_locked(pool);
@@ -366,7 +410,8 @@ int bs_pool_mappings(struct bs_pool *pool, uint32_t id, uint64_t begin, struct b
 	pthread_mutex_lock(&pool->lock);
 	int n = thin_device_get(pool->md, id, &thin);
 	if (n == 0) {
-		n = thin_scan(pool->md, thin, begin, UINT64_MAX, blocks, packed, capacity < BATCH ? capacity : BATCH);
+		n = thin_scan(pool->md, thin, begin, UINT64_MAX, blocks, packed,
+			capacity < BATCH ? capacity : BATCH);
 		thin_device_put(pool->md, thin);
 	}
 	pthread_mutex_unlock(&pool->lock);

@@ -2,7 +2,8 @@
 
 #include <string.h>
 
-int tm_read(struct transaction_manager *tm, uint64_t nr, const struct bm_validator *validator, struct bm_block **ret)
+int tm_read(struct transaction_manager *tm, uint64_t nr, const struct bm_validator *validator,
+	struct bm_block **ret)
 {
 	return bm_read(tm->bm, nr, validator, ret);
 }
@@ -15,8 +16,8 @@ int tm_new(struct transaction_manager *tm, const struct bm_validator *validator,
 	return r < 0 ? r : bm_new(tm->bm, nr, validator, ret);
 }
 
-int tm_shadow(struct transaction_manager *tm, uint64_t nr, const struct bm_validator *validator, struct bm_block **ret,
-	bool *ret_shared)
+int tm_shadow(struct transaction_manager *tm, uint64_t nr, const struct bm_validator *validator,
+	struct bm_block **ret, bool *ret_shared)
 {
 	struct bm_block *old, *copy;
 	uint32_t count;
@@ -57,4 +58,9 @@ int tm_dec(struct transaction_manager *tm, uint64_t nr)
 int tm_count(struct transaction_manager *tm, uint64_t nr, uint32_t *ret)
 {
 	return sm_count(tm->sm, nr, ret);
+}
+
+int tm_committed_count(struct transaction_manager *tm, uint64_t nr, uint32_t *ret)
+{
+	return sm_committed_count(tm->sm, nr, ret);
 }

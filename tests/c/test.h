@@ -12,8 +12,8 @@
 #define CHECK(condition)                                                                                     \
 	do {                                                                                                 \
 		if (!(condition)) {                                                                          \
-			fprintf(stderr, "%s:%d: %s: CHECK(%s) failed (last error: %s)\n", __FILE__, __LINE__, \
-				__func__, #condition, bs_last_error());                                      \
+			fprintf(stderr, "%s:%d: %s: CHECK(%s) failed (last error: %s)\n", __FILE__,          \
+				__LINE__, __func__, #condition, bs_last_error());                            \
 			exit(1);                                                                             \
 		}                                                                                            \
 	} while (0)
@@ -28,10 +28,10 @@
 		}                                                                                            \
 	} while (0)
 
-#define RUN(test)                            \
-	do {                                 \
-		fprintf(stderr, "%s\n", #test); \
-		test();                      \
+#define RUN(test)                                                                                            \
+	do {                                                                                                 \
+		fprintf(stderr, "%s\n", #test);                                                              \
+		test();                                                                                      \
 	} while (0)
 
 /* A small seeded generator (splitmix64): tests repeat from their seed. */

@@ -1,0 +1,34 @@
+/*
+ * Devices that remember every write and flush, and what a power cut could have left of them.
+ *
+ * A log holds the writes and flushes of several devices in order. The state after a cut at a point of the log
+ * is any in which each device holds all writes before its last flush, and of the later ones a subset, in any
+ * order among those that do not overlap, each whole or torn at a multiple of 512 bytes.
+ */
+#ifndef CRASH_IO_H
+#define CRASH_IO_H
+
+#include "io.h"
+
+#define CRASH_DEVICES 2
+
+struct crash_log;
+
+struct crash_log *crash_log_create(void);
+void crash_log_destroy(struct crash_log *log);
+/* Records so far: a point to cut at. */
+size_t crash_log_position(const struct crash_log *log);
+/* A memory device that logs as number `device` (0 metadata, 1 data). Its start state is copied. */
+int crash_io_create(struct crash_log *log, int device, const void *start, uint64_t size, struct io **ret);
+/* From here on the present content is the start state, and the log is empty. */
+void crash_log_rebase(struct crash_log *log);
+
+/* How the unflushed writes are treated. */
+enum crash_kind { CRASH_PREFIX, CRASH_SUBSET, CRASH_TORN };
+
+/* Fill image (of the device's size) with a state that a cut at position can leave; the choice depends on
+ * seed. */
+void crash_state(
+	struct crash_log *log, int device, size_t position, enum crash_kind kind, uint64_t seed, void *image);
+
+#endif

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -138,6 +139,18 @@ def test_process_that_holds_the_container_does_not_keep_it_mounted(work_dir: Pat
     workload = command("sh", "-c", "cd {root} && exec 3>held && sleep 1000 >/dev/null 2>&1 &")
     comparison = compare(workload, targets_for(["overlay"], []), work_dir=work_dir)
     assert comparison.results[0].error is None
+
+
+@needs_root
+def test_mount_namespace_that_was_copied_meanwhile_costs_no_result(tmp_path: Path) -> None:
+    workload = command("sh", "-c", "setsid unshare --mount sleep 8 >/dev/null 2>&1 & sleep 0.5")
+    comparison = compare(workload, [Target("overlay")], work_dir=tmp_path)
+    assert comparison.results[0].error is None
+    assert list(tmp_path.iterdir()) == []
+    deadline = time.monotonic() + 20
+    while places_below(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert places_below(tmp_path) == []
 
 
 @needs_root

@@ -8,6 +8,7 @@ is either undone or never begun.
 """
 
 import inspect
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,8 @@ __all__ = ["DEFAULT_BLOCK_SIZES", "DEFAULT_DRIVERS", "compare", "targets_for"]
 
 DEFAULT_DRIVERS = ("thin", "overlay", "vfs", BASELINE)
 DEFAULT_BLOCK_SIZES = (4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20)
+
+_log = logging.getLogger(__name__)
 
 _MIB = 1 << 20
 _CONTAINER = "container"
@@ -79,6 +82,7 @@ def compare(
             except _CannotRunError as reason:
                 skipped[target.driver] = str(reason)
             except Exception as error:  # noqa: BLE001 - a driver of a third party may raise anything
+                _log.debug("%s failed", target.label, exc_info=True)
                 results.append(Measurement(target=target, error=_sentence(error)))
     left_out = [Skipped(driver, reason) for driver, reason in skipped.items()]
     kept = str(directory) if keep else None
@@ -123,14 +127,23 @@ class _Run:
     check: Callable[[], None]
     progress: Progress
 
+    @property
+    def _pool_size(self) -> int:
+        """Room for the image, a copy of it, and what the workload adds, which is unknown of a command."""
+        return 3 * self.workload.base.total_bytes + (1024 if self.workload.command else 256) * _MIB
+
+    @property
+    def _file_system_size(self) -> int:
+        """The same for the testbed and for a file system on a thin device, so that mkfs chooses the same."""
+        return max(2048 * _MIB, 2 * self._pool_size)
+
     def measure(self) -> Measurement:
-        total = self.workload.base.total_bytes
-        check_space(self.directory, 4 * total)
+        check_space(self.directory, self._pool_size)
         self._step("file system")
         name = self.target.label.replace(" ", "-")
-        size = max(2048 * _MIB, 8 * total)
+        size = self._file_system_size
         testbed = open_testbed(self.directory, name, size, on_loop=_may_use_loop(), keep=self.keep)
-        with testbed as bed, self._open_driver(bed, 3 * total + 256 * _MIB) as driver:
+        with testbed as bed, self._open_driver(bed) as driver:
             self._step("base image")
             parent = self._prepare(driver)
             return self._window(bed, driver, parent)
@@ -140,8 +153,8 @@ class _Run:
         self.progress(self.target, phase)
 
     @contextmanager
-    def _open_driver(self, bed: Testbed, pool_size: int) -> Iterator[Driver | Volume]:
-        driver = self._open(bed, pool_size)
+    def _open_driver(self, bed: Testbed) -> Iterator[Driver | Volume]:
+        driver = self._open(bed)
         try:
             yield driver
         finally:
@@ -150,14 +163,19 @@ class _Run:
             finally:
                 driver.close()
 
-    def _open(self, bed: Testbed, pool_size: int) -> Driver | Volume:
+    def _open(self, bed: Testbed) -> Driver | Volume:
         if self.target.driver == BASELINE:
             if os.geteuid() != 0:
                 raise _CannotRunError("needs root to bind-mount a directory")
             return Volume(bed.root)
         options: dict[str, object] = {}
         if self.target.block_size is not None:
-            options = {"block_size": self.target.block_size, "size": pool_size, "preallocate": True}
+            options = {
+                "block_size": self.target.block_size,
+                "size": self._pool_size,
+                "base_size": self._file_system_size,
+                "preallocate": True,
+            }
         try:
             return drivers.open(self.target.driver, bed.root / "driver", **options)
         except NotSupportedError as error:

@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from .. import mount
@@ -38,6 +38,7 @@ PREFIX = "blocksnap-compare-"
 
 _QUIET_SECONDS = 0.15
 _QUIET_TIMEOUT = 5.0
+_DETACH_TIMEOUT = 5.0
 
 
 class Testbed:
@@ -126,7 +127,8 @@ def open_testbed(
         backing = directory / f"{name}.ext4"
         if not keep:
             stack.callback(backing.unlink, missing_ok=True)
-        loop = stack.enter_context(mount.LoopDevice.attach(_make_file_system(backing, size), direct_io=True))
+        loop = mount.LoopDevice.attach(_make_file_system(backing, size), direct_io=True, autoclear=True)
+        stack.callback(_detach, loop)
         mount.mount(loop.path, root, "ext4")
         stack.callback(clear_below, root)
         (root / "lost+found").rmdir()
@@ -180,7 +182,13 @@ def _detach_loops_below(directory: Path, deadline: float) -> None:
             for entry in reversed(mount.mount_table()):
                 if entry.source == loop.path:
                     _unmount_patiently(entry.target, deadline)
-            loop.detach()
+            _detach(loop)
+
+
+def _detach(loop: mount.LoopDevice) -> None:
+    """Detach; one that is in use still, as by a copied mount namespace, ends with its last user."""
+    with suppress(BusyError):
+        loop.detach(_DETACH_TIMEOUT)
 
 
 def _mounts_below(directory: Path) -> list[str]:

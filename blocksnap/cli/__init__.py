@@ -1,11 +1,12 @@
 """Command line: one file a noun; each is registered by one line below."""
 
+import logging
 import sys
 from typing import Annotated, NoReturn
 
 import typer
 
-from . import compare, doctor
+from . import compare, device, doctor, pool
 from .console import WRONG_USAGE, run
 
 __all__ = ["app", "main"]
@@ -21,6 +22,8 @@ app = typer.Typer(
 
 app.command("compare", no_args_is_help=False)(compare.compare)
 app.command("doctor")(doctor.doctor)
+app.add_typer(pool.app, name="pool")
+app.add_typer(device.app, name="device")
 
 _debug = False
 
@@ -43,6 +46,9 @@ def _global_options(
 ) -> None:
     global _debug
     _debug = debug
+    if debug:
+        logging.basicConfig(format="%(name)s: %(message)s")
+        logging.getLogger("blocksnap").setLevel(logging.DEBUG)
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
         raise typer.Exit(WRONG_USAGE)

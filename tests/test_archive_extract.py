@@ -117,6 +117,13 @@ def test_absolute_names_and_dots_are_taken_inside_the_root(layer_root: Path) -> 
     assert not (layer_root / "a").exists()
 
 
+@pytest.mark.parametrize("name", [b"/", b".", b"./", b"/./"])
+def test_the_root_entry_describes_the_root(layer_root: Path, name: bytes) -> None:
+    apply(layer_root, header(name, b"5", mode=b"0000711\0"), file(b"a", b"x"))
+    assert stat.S_IMODE(layer_root.stat().st_mode) == 0o711
+    assert layer_root.stat().st_mtime_ns == 0o14000000000 * 1_000_000_000
+
+
 def test_the_last_entry_of_a_name_wins_whatever_the_types(layer_root: Path) -> None:
     apply(
         layer_root,

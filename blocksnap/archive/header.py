@@ -115,8 +115,10 @@ def _parse(block: bytes) -> tarfile.TarInfo:
         header = tarfile.TarInfo.frombuf(block, *_ENCODING)
     except (tarfile.HeaderError, ValueError, OverflowError) as error:
         raise UnsafeLayerError(f"the archive has a damaged header ({error})") from None
-    if block[257:265] == _GNU_MAGIC:  # what ustar keeps for a prefix holds times here
-        header.name = _text(block[:100])
+    name = _text(block[:100])
+    # In GNU's own format times are where ustar keeps a prefix; and a directory "/" must not lose its slash.
+    if block[257:265] == _GNU_MAGIC or not name.strip("/"):
+        header.name = name
     return header
 
 

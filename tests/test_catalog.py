@@ -186,7 +186,7 @@ OPERATIONS = [create, snapshot, delete, shrink, grow, several]
 
 
 def crash_at_call(number: int) -> None:
-    """End this process at the n-th call from now on that blocksnap makes to SQLite, the C core or another C function."""
+    """End this process at the n-th call from now on that blocksnap makes to SQLite, the C core or other C."""
     left = number
 
     def count(frame: FrameType, event: str, _argument: Any) -> None:

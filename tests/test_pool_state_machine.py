@@ -23,7 +23,7 @@ from blocksnap.pool import Pool
 from blocksnap.thin_device import SECTOR_SIZE
 from tests.thin_tools import assert_sound, needs_thin_tools, our_text, thin_tool
 
-MAX_SIZE = 1 << 20
+MAX_SIZE = 2 << 20
 MAX_DEVICES = 6
 STEPS, RUNS = 60, 20
 

@@ -4,7 +4,7 @@ import sys
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, BinaryIO
 
 import typer
 from rich.table import Table
@@ -13,7 +13,7 @@ from ..errors import system_errors
 from ..thin_device import ThinDevice
 from ..units import format_size
 from .console import JsonOption, parse_size_option, print_json, stdout
-from .pools import CatalogOption, DataOption, MetadataOption, locate, open_pool
+from .pools import CatalogOption, DataOption, MetadataOption, NameArgument, PathArgument, locate, open_pool
 
 __all__ = ["app"]
 
@@ -21,8 +21,6 @@ app = typer.Typer(help="Thin devices of a pool.", no_args_is_help=True)
 
 _CHUNK = 4 << 20
 
-Arguments = list[str] | None
-NameArguments = Annotated[Arguments, typer.Argument(metavar="PATH NAME", show_default=False)]
 SizeOption = Annotated[
     int,
     typer.Option("--size", metavar="SIZE", parser=parse_size_option, help='Size of the device, like "1G".'),
@@ -47,46 +45,49 @@ def _described(device: ThinDevice) -> dict[str, object]:
 @app.command()
 def create(
     size: SizeOption,
-    arguments: NameArguments = None,
+    path: PathArgument = None,
+    name: NameArgument = None,
     metadata: MetadataOption = None,
     data: DataOption = None,
     catalog: CatalogOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Create a thin device; it reads as zeros and takes no space yet."""
-    location, (name,) = locate(arguments or [], ["NAME"], metadata, data, catalog)
+    location, (device_name,) = locate([path, name], ["NAME"], metadata, data, catalog)
     with open_pool(location) as pool:
-        described = _described(pool.create_device(name, size))
+        described = _described(pool.create_device(device_name, size))
     if as_json:
         print_json(described)
 
 
 @app.command()
 def snapshot(
-    arguments: Annotated[Arguments, typer.Argument(metavar="PATH NAME NEW", show_default=False)] = None,
+    path: PathArgument = None,
+    name: NameArgument = None,
+    new: Annotated[str | None, typer.Argument(metavar="NEW", show_default=False)] = None,
     metadata: MetadataOption = None,
     data: DataOption = None,
     catalog: CatalogOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Create a thin device NEW that shares every block with NAME."""
-    location, (name, new) = locate(arguments or [], ["NAME", "NEW"], metadata, data, catalog)
+    location, (device_name, new_name) = locate([path, name, new], ["NAME", "NEW"], metadata, data, catalog)
     with open_pool(location) as pool:
-        described = _described(pool.device(name).snapshot(new))
+        described = _described(pool.device(device_name).snapshot(new_name))
     if as_json:
         print_json(described)
 
 
 @app.command(name="list")
 def list_devices(
-    arguments: Annotated[Arguments, typer.Argument(metavar="PATH", show_default=False)] = None,
+    path: PathArgument = None,
     metadata: MetadataOption = None,
     data: DataOption = None,
     catalog: CatalogOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the thin devices by name."""
-    location, _ = locate(arguments or [], [], metadata, data, catalog)
+    location, _ = locate([path], [], metadata, data, catalog)
     with open_pool(location, read_only=True) as pool:
         described = [_described(device) for device in pool.devices()]
     if as_json:
@@ -101,34 +102,37 @@ def list_devices(
 
 @app.command()
 def remove(
-    arguments: NameArguments = None,
+    path: PathArgument = None,
+    name: NameArgument = None,
     metadata: MetadataOption = None,
     data: DataOption = None,
     catalog: CatalogOption = None,
 ) -> None:
     """Delete a thin device; snapshots of it live on."""
-    location, (name,) = locate(arguments or [], ["NAME"], metadata, data, catalog)
+    location, (device_name,) = locate([path, name], ["NAME"], metadata, data, catalog)
     with open_pool(location) as pool:
-        pool.device(name).delete()
+        pool.device(device_name).delete()
 
 
 @app.command()
 def resize(
     size: SizeOption,
-    arguments: NameArguments = None,
+    path: PathArgument = None,
+    name: NameArgument = None,
     metadata: MetadataOption = None,
     data: DataOption = None,
     catalog: CatalogOption = None,
 ) -> None:
     """Change the size of a thin device; shrinking frees what lies behind the new end."""
-    location, (name,) = locate(arguments or [], ["NAME"], metadata, data, catalog)
+    location, (device_name,) = locate([path, name], ["NAME"], metadata, data, catalog)
     with open_pool(location) as pool:
-        pool.device(name).resize(size)
+        pool.device(device_name).resize(size)
 
 
 @app.command()
 def read(
-    arguments: NameArguments = None,
+    path: PathArgument = None,
+    name: NameArgument = None,
     output: Annotated[
         Path | None, typer.Option("--output", metavar="FILE", help="Write to FILE instead of stdout.")
     ] = None,
@@ -144,21 +148,28 @@ def read(
     catalog: CatalogOption = None,
 ) -> None:
     """Copy the content of a thin device to stdout or a file."""
-    location, (name,) = locate(arguments or [], ["NAME"], metadata, data, catalog)
+    location, (device_name,) = locate([path, name], ["NAME"], metadata, data, catalog)
     with open_pool(location, read_only=True) as pool, system_errors(str(output or "stdout")):
-        device = pool.device(name)
+        device = pool.device(device_name)
         end = device.size if length is None else offset + length
         buffer = memoryview(bytearray(_CHUNK))
         with output.open("wb") if output is not None else nullcontext(sys.stdout.buffer) as target:
             while offset < end:
                 part = buffer[: min(_CHUNK, end - offset)]
                 offset += device.read_into(offset, part)
-                target.write(part)
+                _write_all(target, part)
+
+
+def _write_all(target: BinaryIO, part: memoryview) -> None:
+    """Write all of part: stdout may be unbuffered (PYTHONUNBUFFERED) and then takes a piece at a time."""
+    while part:
+        part = part[target.write(part) :]
 
 
 @app.command()
 def write(
-    arguments: NameArguments = None,
+    path: PathArgument = None,
+    name: NameArgument = None,
     source: Annotated[
         Path | None, typer.Option("--input", metavar="FILE", help="Read from FILE instead of stdin.")
     ] = None,
@@ -168,9 +179,9 @@ def write(
     catalog: CatalogOption = None,
 ) -> None:
     """Copy stdin or a file into a thin device; done means durable."""
-    location, (name,) = locate(arguments or [], ["NAME"], metadata, data, catalog)
+    location, (device_name,) = locate([path, name], ["NAME"], metadata, data, catalog)
     with open_pool(location) as pool, system_errors(str(source or "stdin")):
-        device = pool.device(name)
+        device = pool.device(device_name)
         with source.open("rb") if source is not None else nullcontext(sys.stdin.buffer) as origin:
             while chunk := origin.read(_CHUNK):
                 offset += device.write(offset, chunk)

@@ -3,7 +3,7 @@
 import re
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Annotated
 
 import typer
@@ -18,6 +18,7 @@ from .pools import (
     CatalogOption,
     DataOption,
     MetadataOption,
+    PathArgument,
     locate,
     open_image,
     open_pool,
@@ -28,7 +29,6 @@ __all__ = ["app"]
 
 app = typer.Typer(help="Thin pools: make, look into, check, grow.", no_args_is_help=True)
 
-PathArguments = Annotated[list[str] | None, typer.Argument(metavar="PATH", show_default=False)]
 SizeOption = Annotated[
     int | None,
     typer.Option("--size", metavar="SIZE", parser=parse_size_option, help='Size of the data, like "10G".'),
@@ -45,7 +45,7 @@ PreallocateOption = Annotated[
 
 @app.command()
 def create(
-    arguments: PathArguments = None,
+    path: PathArgument = None,
     size: SizeOption = None,
     block_size: Annotated[
         int, typer.Option("--block-size", metavar="SIZE", parser=parse_size_option, help="4K to 1G.")
@@ -58,7 +58,7 @@ def create(
     as_json: JsonOption = False,
 ) -> None:
     """Make a pool in a new directory, or on two devices."""
-    location, _ = locate(arguments or [], [], metadata, data, catalog)
+    location, _ = locate([path], [], metadata, data, catalog)
     with (
         progress_bar("preallocating") if preallocate else nullcontext() as progress,
         Pool.create(
@@ -80,16 +80,18 @@ def create(
 
 @app.command()
 def status(
-    arguments: PathArguments = None,
+    path: PathArgument = None,
     metadata: MetadataOption = None,
     data: DataOption = None,
     catalog: CatalogOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show sizes, space and state."""
-    location, _ = locate(arguments or [], [], metadata, data, catalog)
+    location, _ = locate([path], [], metadata, data, catalog)
     with open_pool(location, read_only=True) as pool:
         found = pool.status()
+    # This verb chose to open it read-only; what is told is whether others can write.
+    found = replace(found, read_only=found.needs_check or found.failed)
     if as_json:
         print_json(found)
     else:
@@ -123,14 +125,14 @@ def _state(found: PoolStatus) -> str:
 
 @app.command()
 def check(
-    arguments: PathArguments = None,
+    path: PathArgument = None,
     metadata: MetadataOption = None,
     data: DataOption = None,
     catalog: CatalogOption = None,
     as_json: JsonOption = False,
 ) -> int:
     """Check all metadata; print each finding; exit 3 on damage."""
-    location, _ = locate(arguments or [], [], metadata, data, catalog)
+    location, _ = locate([path], [], metadata, data, catalog)
     with open_image(location) as image:
         report = image.check()
     if as_json:
@@ -143,13 +145,13 @@ def check(
 
 @app.command()
 def dump(
-    arguments: PathArguments = None,
+    path: PathArgument = None,
     metadata: MetadataOption = None,
     data: DataOption = None,
     catalog: CatalogOption = None,
 ) -> None:
     """Print the metadata as thin_dump does."""
-    location, _ = locate(arguments or [], [], metadata, data, catalog)
+    location, _ = locate([path], [], metadata, data, catalog)
     sys.stdout.flush()
     with open_image(location) as image:
         image.dump(sys.stdout.fileno())
@@ -157,14 +159,16 @@ def dump(
 
 @app.command()
 def delta(
-    arguments: Annotated[list[str] | None, typer.Argument(metavar="PATH NAME1 NAME2")] = None,
+    path: PathArgument = None,
+    name1: Annotated[str | None, typer.Argument(metavar="NAME1", show_default=False)] = None,
+    name2: Annotated[str | None, typer.Argument(metavar="NAME2", show_default=False)] = None,
     metadata: MetadataOption = None,
     data: DataOption = None,
     catalog: CatalogOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Print where two thin devices differ, as thin_delta does; as JSON without what is the same."""
-    location, (left, right) = locate(arguments or [], ["NAME1", "NAME2"], metadata, data, catalog)
+    location, (left, right) = locate([path, name1, name2], ["NAME1", "NAME2"], metadata, data, catalog)
     with open_pool(location, read_only=True) as pool:
         if not as_json:
             sys.stdout.flush()
@@ -180,7 +184,7 @@ def delta(
 
 @app.command()
 def rmap(
-    arguments: PathArguments = None,
+    path: PathArgument = None,
     region: Annotated[
         str, typer.Option("--region", metavar="A..B", help="Only the data blocks from A to before B.")
     ] = "0..",
@@ -190,7 +194,7 @@ def rmap(
     as_json: JsonOption = False,
 ) -> None:
     """Print which thin devices use the data blocks, as thin_rmap does."""
-    location, _ = locate(arguments or [], [], metadata, data, catalog)
+    location, _ = locate([path], [], metadata, data, catalog)
     match = re.fullmatch(r"(\d+)\.\.(\d*)", region)
     if match is None:
         raise typer.BadParameter(f'"{region}" is no region: give it like 10..20')
@@ -208,14 +212,14 @@ def rmap(
 
 @app.command()
 def usage(
-    arguments: PathArguments = None,
+    path: PathArgument = None,
     metadata: MetadataOption = None,
     data: DataOption = None,
     catalog: CatalogOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show the mapped, exclusive and shared bytes of each thin device."""
-    location, _ = locate(arguments or [], [], metadata, data, catalog)
+    location, _ = locate([path], [], metadata, data, catalog)
     with open_pool(location, read_only=True) as pool:
         found = pool.usage()
     if as_json:
@@ -232,7 +236,7 @@ def usage(
 
 @app.command()
 def extend(
-    arguments: PathArguments = None,
+    path: PathArgument = None,
     size: SizeOption = None,
     metadata_size: MetadataSizeOption = None,
     preallocate: PreallocateOption = False,
@@ -242,7 +246,7 @@ def extend(
     as_json: JsonOption = False,
 ) -> None:
     """Grow a pool; on two devices, to the sizes that they have now."""
-    location, _ = locate(arguments or [], [], metadata, data, catalog)
+    location, _ = locate([path], [], metadata, data, catalog)
     if location.path is not None and size is None and metadata_size is None:
         raise typer.BadParameter("give --size, --metadata-size or both")
     with (
@@ -257,14 +261,14 @@ def extend(
 
 @app.command()
 def adopt(
-    arguments: PathArguments = None,
+    path: PathArgument = None,
     metadata: MetadataOption = None,
     data: DataOption = None,
     catalog: CatalogOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Take over a pool that its catalog does not describe: devices without a name are called thin-<id>."""
-    location, _ = locate(arguments or [], [], metadata, data, catalog)
+    location, _ = locate([path], [], metadata, data, catalog)
     with open_pool(location, adopt=True) as pool:
         names = [device.name for device in pool.devices()]
     if as_json:

@@ -19,12 +19,23 @@ __all__ = [
     "DataOption",
     "Location",
     "MetadataOption",
+    "NameArgument",
+    "PathArgument",
     "locate",
     "open_image",
     "open_pool",
     "progress_bar",
 ]
 
+PathArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="PATH", help="Directory of the pool; left out with --metadata and --data.", show_default=False
+    ),
+]
+NameArgument = Annotated[
+    str | None, typer.Argument(metavar="NAME", help="Name of the thin device.", show_default=False)
+]
 MetadataOption = Annotated[
     Path | None,
     typer.Option(
@@ -60,13 +71,14 @@ class Location:
 
 
 def locate(
-    arguments: Sequence[str],
+    words: Sequence[str | None],
     names: Sequence[str],
     metadata: Path | None,
     data: Path | None,
     catalog: Path | None,
 ) -> tuple[Location, list[str]]:
-    """Split "PATH NAME..." into the pool and the named rest; with two devices there is no PATH."""
+    """Split the words "PATH NAME..." into the pool and the named rest; with two devices there is no PATH."""
+    arguments = [word for word in words if word is not None]
     on_devices = metadata is not None or data is not None or catalog is not None
     wanted = [*names] if on_devices else ["PATH", *names]
     if len(arguments) != len(wanted):
@@ -75,8 +87,8 @@ def locate(
             f"give {' '.join(wanted) or 'no argument'}{instead}, not {len(arguments)} arguments"
         )
     if on_devices:
-        return Location(None, metadata, data, catalog), list(arguments)
-    return Location(Path(arguments[0]), None, None, None), list(arguments[1:])
+        return Location(None, metadata, data, catalog), arguments
+    return Location(Path(arguments[0]), None, None, None), arguments[1:]
 
 
 def open_pool(location: Location, *, read_only: bool = False, adopt: bool = False) -> Pool:

@@ -7,7 +7,6 @@ can take that lock may clear the directory away.
 Without root there is no loop device: the testbed is then a plain directory and has no counter.
 """
 
-import errno
 import fcntl
 import os
 import shutil
@@ -19,7 +18,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from .. import mount
-from ..errors import BlocksnapError, BusyError, NoSpaceError, NotSupportedError, error_for
+from ..errors import BlocksnapError, BusyError, NoSpaceError, NotSupportedError
 from .verdict import format_bytes
 
 __all__ = [
@@ -39,6 +38,7 @@ PREFIX = "blocksnap-compare-"
 _QUIET_SECONDS = 0.15
 _QUIET_TIMEOUT = 5.0
 _DETACH_TIMEOUT = 5.0
+_SERVER_TIMEOUT = 5.0
 
 
 class Testbed:
@@ -131,6 +131,7 @@ def open_testbed(
         stack.callback(_detach, loop)
         mount.mount(loop.path, root, "ext4")
         stack.callback(clear_below, root)
+        stack.callback(_wait_for_servers, root)
         (root / "lost+found").rmdir()
         yield Testbed(root, loop)
 
@@ -199,15 +200,29 @@ def _mounts_below(directory: Path) -> list[str]:
 
 def _unmount_patiently(target: str, deadline: float) -> None:
     while time.monotonic() < deadline:
-        try:
-            mount.unmount(target)
+        if _unmount(target):
             return
-        except BusyError:
-            time.sleep(0.05)
-        except BlocksnapError:
-            break
+        time.sleep(0.05)
+    _unmount(target, lazy=True)
+
+
+def _unmount(target: str, *, lazy: bool = False) -> bool:
+    """Unmount; say whether nothing is mounted there any more: others may unmount it at the same time."""
     try:
-        mount.unmount(target, lazy=True)
-    except BlocksnapError as error:
-        if getattr(error, "errno", None) != errno.EINVAL:
-            raise error_for(-errno.EBUSY, f"{target} cannot be unmounted: {error}") from error
+        mount.unmount(target, lazy=lazy)
+    except BlocksnapError:
+        if any(entry.target == target for entry in mount.mount_table()):
+            if lazy:
+                raise
+            return False
+    return True
+
+
+def _wait_for_servers(directory: Path) -> None:
+    """Wait until the processes that serve FUSE mounts below a directory have ended, as drivers let them."""
+    deadline = time.monotonic() + _SERVER_TIMEOUT
+    while time.monotonic() < deadline and any(
+        entry.fstype.startswith("fuse") and Path(entry.target).is_relative_to(directory)
+        for entry in mount.mount_table()
+    ):
+        time.sleep(0.02)

@@ -6,6 +6,7 @@ inside a call with it; a call that comes later fails with ArgumentError.
 
 import errno
 import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from os import PathLike, fspath
@@ -88,60 +89,63 @@ def _values(struct: Any, kind: type[Any]) -> dict[str, Any]:
 class _Handle:
     """A pointer of the core and the number of calls that are using it."""
 
-    __slots__ = ("_idle", "_pointer", "_users", "_what")
+    __slots__ = ("_idle", "_lock", "_pointer", "_users", "_what")
 
     def __init__(self, pointer: Any, what: str) -> None:
         self._pointer = pointer
         self._users = 0
-        self._idle = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._idle: threading.Event | None = None
         self._what = what
 
     def __enter__(self) -> Any:
-        with self._idle:
+        with self._lock:
             if self._pointer is None:
                 raise ArgumentError(f"{self._what} is closed: open it again")
             self._users += 1
             return self._pointer
 
     def __exit__(self, *_: object) -> None:
-        with self._idle:
+        with self._lock:
             self._users -= 1
-            if self._users == 0:
-                self._idle.notify_all()
+            if self._idle is not None and self._users == 0:
+                self._idle.set()
 
     def take(self) -> Any:
         """Return the pointer for freeing once no call uses it, None if it was taken before."""
-        with self._idle:
+        with self._lock:
             pointer, self._pointer = self._pointer, None
-            while self._users:
-                self._idle.wait()
-            return pointer
+            if self._users == 0:
+                return pointer
+            idle = self._idle = self._idle or threading.Event()
+        idle.wait()
+        return pointer
 
     def give_back(self, pointer: Any) -> None:
-        with self._idle:
-            self._pointer = pointer
+        with self._lock:
+            self._pointer, self._idle = pointer, None
 
     @property
     def closed(self) -> bool:
         return self._pointer is None
 
 
-def _bytes_of(buffer: Buffer, *, writable: bool) -> Any:
+_char_array = ffi.typeof("char[]")
+
+
+def _bytes_of(buffer: Buffer, offset: int, writable: bool) -> Any:
+    if offset < 0:
+        raise ArgumentError(f"offset {offset} is negative")
     try:
-        return ffi.from_buffer("char[]", buffer, require_writable=writable)
+        return ffi.from_buffer(_char_array, buffer, writable)
     except (BufferError, ValueError) as error:
         raise ArgumentError(f"the buffer cannot be used: {error}") from None
-
-
-def _require_range(offset: int, length: int) -> None:
-    if offset < 0 or length < 0:
-        raise ArgumentError(f"offset {offset}, length {length}: neither may be negative")
 
 
 class UserDevice:
     """An active thin device."""
 
-    __slots__ = ("_handle",)
+    __slots__ = ("__weakref__", "_handle")
 
     def __init__(self, pointer: Any, what: str) -> None:
         self._handle = _Handle(pointer, what)
@@ -160,19 +164,18 @@ class UserDevice:
         return self._handle
 
     def read_into(self, offset: int, buffer: Buffer) -> int:
-        target = _bytes_of(buffer, writable=True)
-        _require_range(offset, len(target))
+        target = _bytes_of(buffer, offset, True)
         with self._handle as device:
             return check(lib.bs_device_read(device, offset, target, len(target)))
 
     def write(self, offset: int, buffer: Buffer) -> int:
-        source = _bytes_of(buffer, writable=False)
-        _require_range(offset, len(source))
+        source = _bytes_of(buffer, offset, False)
         with self._handle as device:
             return check(lib.bs_device_write(device, offset, source, len(source)))
 
     def discard(self, offset: int, length: int) -> None:
-        _require_range(offset, length)
+        if offset < 0 or length < 0:
+            raise ArgumentError(f"offset {offset}, length {length}: neither may be negative")
         with self._handle as device:
             check(lib.bs_device_discard(device, offset, length))
 
@@ -189,6 +192,10 @@ class UserDevice:
         if pointer is not None:
             lib.bs_device_close(pointer)
 
+    def forget(self) -> None:
+        """Let go of the handle once no call uses it: the pool frees it."""
+        self._handle.take()
+
     def __enter__(self) -> Self:
         return self
 
@@ -202,6 +209,7 @@ class UserPool:
     def __init__(self, pointer: Any, what: str) -> None:
         self._handle = _Handle(pointer, what)
         self._what = what
+        self._devices: weakref.WeakSet[UserDevice] = weakref.WeakSet()
 
     @staticmethod
     def format(
@@ -246,6 +254,8 @@ class UserPool:
         """Drop every handle without a commit: what a killed process leaves behind."""
         pointer = self._handle.take()
         if pointer is not None:
+            for device in list(self._devices):
+                device.forget()
             lib.bs_pool_abandon(pointer)
 
     @property
@@ -300,7 +310,9 @@ class UserPool:
         result = ffi.new("struct bs_device **")
         with self._handle as pool:
             check(lib.bs_device_open(pool, device_id, size, result))
-        return UserDevice(result[0], f"thin device {device_id} of {self._what.removeprefix('the ')}")
+            device = UserDevice(result[0], f"thin device {device_id} of {self._what.removeprefix('the ')}")
+            self._devices.add(device)
+        return device
 
     def devices(self) -> list[DeviceInfo]:
         """Return the details of every device by ascending id."""

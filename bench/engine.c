@@ -1,10 +1,12 @@
 /*
- * The engine's data path beside the plain system call, on the same files in one run; prints one JSON object a line.
+ * The engine's data path beside the plain system call, on the same files in one run; prints one JSON object a
+ * line.
  *
  *   bench_engine DIRECTORY [SECONDS A SLICE]      (12 GiB are free there)
  *
- * The two sides of a pair alternate in short slices, so that the machine's load falls on both alike; the ratio is of
- * their best slices. Not measured: the loop device and FUSE above the engine, cold caches, more than one thread.
+ * The two sides of a pair alternate in short slices, so that the machine's load falls on both alike; the
+ * ratio is of their best slices. Not measured: the loop device and FUSE above the engine, cold caches, more
+ * than one thread.
  */
 #include <fcntl.h>
 #include <inttypes.h>
@@ -103,8 +105,8 @@ static double rate(operation *run, void *context, uint64_t size)
 	return done / (now() - begin);
 }
 
-static void compare_rates(const char *name, operation *ours, void *our_context, operation *theirs, void *their_context,
-	uint64_t size)
+static void compare_rates(const char *name, operation *ours, void *our_context, operation *theirs,
+	void *their_context, uint64_t size)
 {
 	double best_ours = 0, best_theirs = 0;
 
@@ -114,8 +116,8 @@ static void compare_rates(const char *name, operation *ours, void *our_context, 
 		best_ours = a > best_ours ? a : best_ours;
 		best_theirs = b > best_theirs ? b : best_theirs;
 	}
-	printf("{\"name\": \"%s\", \"ours\": %.0f, \"peer\": %.0f, \"unit\": \"1/s\", \"ratio\": %.3f}\n", name, best_ours,
-		best_theirs, best_ours / best_theirs);
+	printf("{\"name\": \"%s\", \"ours\": %.0f, \"peer\": %.0f, \"unit\": \"1/s\", \"ratio\": %.3f}\n",
+		name, best_ours, best_theirs, best_ours / best_theirs);
 }
 
 static void engine_write(void *context, uint64_t offset, char *buffer)
@@ -150,14 +152,17 @@ static void bench_mapped(void)
 	must(bs_pool_create_device(pool, 1), "create");
 	must(bs_device_open(pool, 1, size, &device), "open");
 	fill(device, size);
-	compare_rates("4K random write, mapped, against pwrite on the same file", engine_write, device, plain_write, &fd, size);
-	compare_rates("4K random read, mapped, against pread on the same file", engine_read, device, plain_read, &fd, size);
+	compare_rates("4K random write, mapped, against pwrite on the same file", engine_write, device,
+		plain_write, &fd, size);
+	compare_rates("4K random read, mapped, against pread on the same file", engine_read, device,
+		plain_read, &fd, size);
 	close(fd);
 	bs_device_close(device);
 	must(bs_pool_close(pool), "close");
 }
 
-/* First writes to shared 64K blocks, in an order that no one can foresee; side_by_side.py runs the same on qcow2. */
+/* First writes to shared 64K blocks, in an order that no one can foresee; side_by_side.py runs the same on
+ * qcow2. */
 static void bench_break_sharing(void)
 {
 	uint64_t size = 512 * MIB, blocks = size / 65536;
@@ -174,19 +179,22 @@ static void bench_break_sharing(void)
 		must(bs_device_open(pool, 2 + round, size, &snap), "open");
 		double begin = now();
 		for (uint64_t i = 0; i < blocks; i++)
-			must(bs_device_write(snap, (i * 4099 % blocks) * 65536 + 8192, buffer, 4096), "write");
+			must(bs_device_write(snap, (i * 4099 % blocks) * 65536 + 8192, buffer, 4096),
+				"write");
 		double r = blocks / (now() - begin);
 		best = r > best ? r : best;
 		bs_device_close(snap);
 		must(bs_pool_delete_device(pool, 2 + round), "delete");
 		must(bs_pool_commit(pool), "commit");
 	}
-	printf("{\"name\": \"first 4K write to shared 64K blocks\", \"ours\": %.0f, \"unit\": \"1/s\"}\n", best);
+	printf("{\"name\": \"first 4K write to shared 64K blocks\", \"ours\": %.0f, \"unit\": \"1/s\"}\n",
+		best);
 	bs_device_close(device);
 	must(bs_pool_close(pool), "close");
 }
 
-/* The same random writes, spread over a chain of snapshots or over one, and then the same reads of the last. */
+/* The same random writes, spread over a chain of snapshots or over one, and then the same reads of the last.
+ */
 static struct bs_device *make_chain(struct bs_pool *pool, uint32_t first_id, uint32_t depth, uint64_t size)
 {
 	struct bs_device *device;
@@ -200,7 +208,8 @@ static struct bs_device *make_chain(struct bs_pool *pool, uint32_t first_id, uin
 		must(bs_pool_create_snapshot(pool, first_id + i, first_id + i - 1), "snapshot");
 		must(bs_device_open(pool, first_id + i, size, &device), "open");
 		for (uint32_t k = 0; k < 12800 / depth; k++)
-			must(bs_device_write(device, random_next() % (size / 4096) * 4096, buffer, 4096), "write");
+			must(bs_device_write(device, random_next() % (size / 4096) * 4096, buffer, 4096),
+				"write");
 	}
 	return device;
 }
@@ -211,7 +220,8 @@ static void bench_snapshot_chain(void)
 	struct bs_pool *pool = make_pool(4096 * MIB, 65536, 32 * MIB);
 	struct bs_device *one = make_chain(pool, 1, 1, size), *deep = make_chain(pool, 1000, 128, size);
 
-	compare_rates("4K random read, 128 snapshots deep, against one", engine_read, deep, engine_read, one, size);
+	compare_rates(
+		"4K random read, 128 snapshots deep, against one", engine_read, deep, engine_read, one, size);
 	bs_device_close(one);
 	bs_device_close(deep);
 	must(bs_pool_close(pool), "close");
@@ -244,8 +254,11 @@ static void bench_snapshot(void)
 {
 	double small = snapshot_time(1 * GIB, 65536), large = snapshot_time(10 * GIB, 65536);
 
-	printf("{\"name\": \"snapshot of a fully written device, 1 GiB\", \"ours\": %.1f, \"unit\": \"us\"}\n", small * 1e6);
-	printf("{\"name\": \"snapshot of a fully written device, 10 GiB\", \"ours\": %.1f, \"unit\": \"us\", \"ratio\": %.2f}\n",
+	printf("{\"name\": \"snapshot of a fully written device, 1 GiB\", \"ours\": %.1f, \"unit\": "
+	       "\"us\"}\n",
+		small * 1e6);
+	printf("{\"name\": \"snapshot of a fully written device, 10 GiB\", \"ours\": %.1f, \"unit\": \"us\", "
+	       "\"ratio\": %.2f}\n",
 		large * 1e6, large / small);
 }
 
@@ -278,7 +291,8 @@ static void make_many_mappings(void)
 	io_close(io);
 }
 
-/* In a process of its own, so that the peak is that of opening, and of reading all over the device afterwards. */
+/* In a process of its own, so that the peak is that of opening, and of reading all over the device
+ * afterwards. */
 static int open_many(void)
 {
 	struct bs_pool *pool;
@@ -295,7 +309,8 @@ static int open_many(void)
 	for (int i = 0; i < 200000; i++)
 		engine_read(device, random_next() % MANY * 4096, buffer);
 	getrusage(RUSAGE_SELF, &usage);
-	printf("{\"name\": \"open a pool of ten million mappings\", \"ours\": %.1f, \"unit\": \"ms\"}\n", opened * 1e3);
+	printf("{\"name\": \"open a pool of ten million mappings\", \"ours\": %.1f, \"unit\": \"ms\"}\n",
+		opened * 1e3);
 	printf("{\"name\": \"peak memory at open\", \"ours\": %.1f, \"unit\": \"MiB\"}\n", at_open / 1024.0);
 	printf("{\"name\": \"peak memory after 200,000 random reads\", \"ours\": %.1f, \"unit\": \"MiB\"}\n",
 		usage.ru_maxrss / 1024.0);

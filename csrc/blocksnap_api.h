@@ -8,8 +8,7 @@
 
 const char *bs_last_error(void);
 
-/* ---- thin pool, user engine (thin_io.c)
- * ---------------------------------------------------------------------- */
+/* ---- thin pool, user engine (thin_pool.c, thin_io.c) ---- */
 
 struct bs_pool;
 struct bs_device;
@@ -109,8 +108,7 @@ int bs_device_flush(struct bs_device *device);
 int bs_device_resize(struct bs_device *device, uint64_t size);
 uint64_t bs_device_size(struct bs_device *device);
 
-/* ---- read-only walkers (thin_check.c, thin_dump.c, thin_delta.c)
- * ---------------------------------------------- */
+/* ---- read-only walkers (thin_check.c, thin_dump.c, thin_delta.c) ---- */
 /* They read a metadata file or device that no one writes: the caller holds the lock, or has the pool
  * committed and quiescent. fd is where text goes. */
 
@@ -158,8 +156,7 @@ struct bs_usage {
  * more than capacity; then only capacity are written). */
 int bs_metadata_usage(const char *metadata, struct bs_usage *out, int capacity);
 
-/* ---- loop devices and mounts (mount.c)
- * ------------------------------------------------------------------------ */
+/* ---- loop devices and mounts (mount.c) ---- */
 
 #define BS_LOOP_READ_ONLY 1
 #define BS_LOOP_DIRECT_IO 2
@@ -196,8 +193,7 @@ int bs_filesystem_sync(const char *path);
 int bs_filesystem_freeze(const char *path, int timeout_ms);
 int bs_filesystem_thaw(const char *path);
 
-/* ---- FUSE export (fuse_export.c)
- * ------------------------------------------------------------------------------ */
+/* ---- FUSE export (fuse_export.c) ---- */
 
 struct bs_export;
 
@@ -211,8 +207,7 @@ int bs_export_remove(struct bs_export *export_, const char *name);
 /* Unmount, end the threads, free the handle. Whoever still uses a file gets errors from then on. */
 void bs_export_stop(struct bs_export *export_);
 
-/* ---- opening below a directory (confined.c)
- * ------------------------------------------------------------------- */
+/* ---- opening below a directory (confined.c) ---- */
 
 /* Open path with the directory root as the file system's root, whatever symlinks and ".." are on the way;
  * flags are open(2)'s without O_CREAT, O_CLOEXEC is added. Returns a descriptor. Needs no privilege. */

@@ -1,10 +1,10 @@
 /*
  * Invariants (each holds for every committed tree, whoever wrote it):
  * 1. keys of a node ascend strictly; key i of an internal node is <= every key below child i and > every key
- * below child i-1;
+ *    below child i-1;
  * 2. all leaves lie at one depth; a node that is not the root holds at least max/3 entries;
  * 3. a node is changed only after it was shadowed, from the root down: the parent of a changed node is
- * changeable.
+ *    changeable.
  *
  * Insertion splits a full child before it steps into it, removal fills a poor child before it steps into it,
  * so neither goes back up. A node split while keys arrive in ascending order leaves two thirds on the left.

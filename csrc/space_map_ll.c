@@ -3,9 +3,9 @@
  * 1. a pending entry holds the block's present count; blocks without one have their committed count;
  * 2. a block is handed out only if its committed count is 0, it has no pending entry and is not reserved;
  * 3. the committed bitmaps and overflow nodes are never written: the allocator and the counts read them at
- * any moment of a transaction, also while ll_flush runs;
+ *    any moment of a transaction, also while ll_flush runs;
  * 4. nr_free is stored as 16320 minus the nonzero entries, in the last bitmap too; nr_free, none_free_before
- * and nr_allocated of a foreign image are hints, recomputed where they do not agree with each other.
+ *    and nr_allocated of a foreign image are hints, recomputed where they do not agree with each other.
  */
 #include "space_map_ll.h"
 

@@ -41,6 +41,11 @@ def fill(device: ThinDevice) -> None:
         device.write(offset, pattern(offset, BLOCK))
 
 
+def create_many(pool: Pool) -> None:
+    for number in range(1000):
+        pool.create_device(f"d{number}", SIZE).write(0, b"x")
+
+
 def test_new_device_reads_as_zeros(pool: Pool) -> None:
     assert pool.create_device("a", SIZE).read(0, SIZE) == bytes(SIZE)
 
@@ -415,3 +420,41 @@ def test_threads_share_a_pool(pool: Pool) -> None:
         thread.join()
     assert not failures
     assert len(pool.devices()) == 81
+
+
+def test_flushes_of_other_threads_wait_for_a_transaction(pool: Pool) -> None:
+    device = pool.create_device("a", SIZE)
+    done = threading.Event()
+
+    def work() -> None:
+        device.write(0, b"written while a transaction runs")
+        device.flush()
+        done.set()
+
+    thread = threading.Thread(target=work)
+    with pool.transaction():
+        thread.start()
+        pool.create_device("b", SIZE)
+        assert not done.wait(0.2)
+    thread.join()
+    assert done.is_set()
+    assert device.read(0, 7) == b"written"
+
+
+def test_metadata_that_are_full_refuse_new_devices_and_go_on_after_extend(
+    tmp_path: Path, engine: str
+) -> None:
+    path = tmp_path / "small"
+    with Pool.create(path, size="64M", metadata_size="512K", engine=engine) as pool:
+        with pytest.raises(errors.NoSpaceError, match="metadata"):
+            create_many(pool)
+        made = sum(device.read(0, 1) == b"x" for device in pool.devices())
+        assert made > 5
+        assert pool.status().devices in (made, made + 1)
+        pool.device("d0").delete()
+        pool.create_device("again", SIZE)
+        pool.extend(metadata_size="1M")
+        pool.create_device("more", SIZE).write(0, b"y")
+    with Pool.open(path, engine=engine) as pool:
+        assert pool.device("more").read(0, 1) == b"y"
+        assert pool.device(f"d{made - 1}").read(0, 1) == b"x"

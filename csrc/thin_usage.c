@@ -27,6 +27,7 @@ struct usage {
 	struct owner_node *nodes;
 	uint32_t *owners; /* of data blocks, as above */
 	uint64_t nr_data;
+	uint64_t data_end; /* behind the last data block that is mapped */
 	struct bs_usage *devices;
 	size_t nr_devices, capacity;
 };
@@ -62,6 +63,7 @@ static int own_data(struct usage *u, const struct disk_node *leaf, uint32_t owne
 				"%sthin block %" PRIu64 " is mapped to data block %" PRIu64 " of %" PRIu64,
 				u->r.prefix, node_key(leaf, i), block, u->nr_data);
 		u->owners[block] = merge_owner(u->owners[block], owner);
+		u->data_end = block >= u->data_end ? block + 1 : u->data_end;
 	}
 	return 0;
 }
@@ -213,7 +215,7 @@ static void usage_deinit(struct usage *u)
 
 static void count_exclusive(struct usage *u)
 {
-	for (uint64_t block = 0; block < u->nr_data; block++)
+	for (uint64_t block = 0; block < u->data_end; block++)
 		if (u->owners[block] != 0 && u->owners[block] != OWNER_SHARED)
 			u->devices[u->owners[block] - 1].exclusive_blocks++;
 }

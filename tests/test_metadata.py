@@ -63,6 +63,13 @@ def fragmented_pool(mappings: int) -> Pool:
     return Pool(devices, 128, 2 * mappings, 1, 1, thin)
 
 
+def held_image() -> Image:
+    """Return a pool whose metadata snapshot is three snapshots old."""
+    options = {"mappings": 3000, "longest_run": 4, "change": 0.02}
+    live, held = (history(9, snapshots=count, **options) for count in (6, 3))  # type: ignore[arg-type]
+    return build(live, held=held)
+
+
 def test_every_name_in_all_exists() -> None:
     assert sorted(metadata.__all__) == sorted(set(metadata.__all__))
     assert all(hasattr(metadata, name) for name in metadata.__all__)
@@ -77,6 +84,22 @@ def test_check_of_a_sound_pool_counts_and_finds_nothing(pool: Pool, image: Path)
     assert report.mappings == sum(len(device.thin_blocks) for device in pool.devices)
     used = np.unique(np.concatenate([device.data_blocks for device in pool.devices]))
     assert report.data_blocks_used == len(used)
+
+
+def test_held_metadata_snapshot_of_an_older_state_is_clean(tmp_path: Path) -> None:
+    path = held_image().save(tmp_path / "metadata")
+    assert metadata.check(path).findings == ()
+
+
+def test_damage_that_only_the_held_metadata_snapshot_reaches_is_found(tmp_path: Path) -> None:
+    image = held_image()
+    top = image.get(image.get(0, 56, "Q"), 320, "Q")
+    held = {leaf for root in image.children(top) for leaf in image.leaves(root)}
+    live = {leaf for index in range(7) for leaf in image.leaves(image.device_root(index))}
+    image.put(min(held - live), 4, "I", 3)
+    report = metadata.check(image.save(tmp_path / "metadata"))
+    assert report.fatal >= 1
+    assert all("metadata snapshot, device" in f.text for f in report.findings if f.severity == "fatal")
 
 
 def test_check_returns_findings_or_writes_them(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from tests.thin_xml import U64, Pool
+from tests.thin_xml import U64, Device, Pool
 
 __all__ = ["SALTS", "Image", "build", "seal_file"]
 
@@ -229,73 +229,95 @@ def _sm_root(nr: int, counts: npt.NDArray[np.int64], bitmaps: int, overflow: int
     return struct.pack("<QQQQ", nr, int(np.count_nonzero(counts)), bitmaps, overflow).ljust(128, b"\0")
 
 
-def _devices(writer: _Writer, pool: Pool, leaf_fill: int) -> tuple[int, int]:
-    """Write all mapping trees, the top-level tree and the details; return both roots."""
+def _mapping_trees(writer: _Writer, pool: Pool, leaf_fill: int) -> list[int]:
+    """Write the mapping trees of all devices; return their roots."""
     origin = pool.origin_blocks
     starts = origin[:: max(1, leaf_fill)]
     if len(starts) > 1 and len(origin) % leaf_fill < 84:
         starts = starts[:-1]
-    roots, details = [], []
-    for device in pool.devices:
-        packed = device.data_blocks << np.uint64(24) | device.times
-        roots.append(writer.mapping_tree(device.thin_blocks, packed, starts))
-        details.append(
-            struct.pack(
-                "<QQII",
-                len(device.thin_blocks),
-                device.transaction_id,
-                device.creation_time,
-                device.snapshotted_time,
-            )
-        )
+    return [
+        writer.mapping_tree(device.thin_blocks, device.data_blocks << np.uint64(24) | device.times, starts)
+        for device in pool.devices
+    ]
+
+
+def _details(device: Device) -> bytes:
+    times = device.creation_time, device.snapshotted_time
+    return struct.pack("<QQII", len(device.thin_blocks), device.transaction_id, *times)
+
+
+def _id_trees(writer: _Writer, pool: Pool, roots: list[int]) -> tuple[int, int]:
+    """Write the top-level tree and the details; return both roots."""
     writer.known.clear()
     writer.counts.update(roots)
     ids = np.array([d.id for d in pool.devices], dtype=np.uint64)
     top = writer.tree(ids, np.array(roots, dtype="<u8").view(np.uint8).reshape(-1, 8))
-    raw = np.frombuffer(b"".join(details), dtype=np.uint8).reshape(-1, 24)
-    return top, writer.tree(ids, raw)
+    raw = np.frombuffer(b"".join(map(_details, pool.devices)), dtype=np.uint8).reshape(-1, 24)
+    found = top, writer.tree(ids, raw)
+    writer.counts.update(found)
+    return found
 
 
-def build(pool: Pool, *, metadata_blocks: int = 0, leaf_fill: int = 168) -> Image:
+def _hold(writer: _Writer, held: Pool, roots: list[int]) -> int:
+    """Write a metadata snapshot of an earlier state; return its block."""
+    top, details = _id_trees(writer, held, roots)
+    body = _superblock(held, 0, bytes(256), top, details, 0)
+    copy = writer.add(body[16:], "superblock")
+    writer.counts.update([copy])
+    return copy
+
+
+def build(pool: Pool, *, metadata_blocks: int = 0, leaf_fill: int = 168, held: Pool | None = None) -> Image:
     """Return an image of the pool in which equal leaves are shared.
 
-    leaf_fill is how many mappings of the first device a leaf gets: 84 to 168, so that a short tail fits.
+    leaf_fill is how many mappings of the first device a leaf gets: 84 to 168, so that a short tail fits. held
+    is an earlier state of the same history that a metadata snapshot keeps.
     """
     writer = _Writer()
     writer.data_counts = np.zeros(pool.nr_data_blocks, dtype=np.int64)
-    mapping_root, details_root = _devices(writer, pool, leaf_fill)
+    roots = _mapping_trees(writer, pool, leaf_fill)
+    held_roots = _mapping_trees(writer, held, leaf_fill) if held else []
+    mapping_root, details_root = _id_trees(writer, pool, roots)
+    held_root = _hold(writer, held, held_roots) if held else 0
     data_bitmaps = [writer.add(_bitmap(part), "bitmap") for part in _parts(writer.data_counts)]
     entries = _index_entries(writer.data_counts, data_bitmaps)
     index_rows = np.frombuffer(entries, dtype=np.uint8).reshape(-1, 16)
     data_index = writer.tree(np.arange(len(data_bitmaps), dtype=np.uint64), index_rows)
     data_overflow = writer.tree(*_overflow(writer.data_counts))
-    writer.counts.update([mapping_root, details_root, data_index, data_overflow, *data_bitmaps])
-    return _finish(writer, pool, metadata_blocks, (mapping_root, details_root, data_index, data_overflow))
+    writer.counts.update([data_index, data_overflow, *data_bitmaps])
+    data_map = _sm_root(pool.nr_data_blocks, writer.data_counts, data_index, data_overflow)
+    total, metadata_map = _metadata_map(writer, metadata_blocks)
+    writer.rows[0] = _superblock(pool, held_root, data_map + metadata_map, mapping_root, details_root, total)
+    return _image(writer, total)
 
 
-def _finish(writer: _Writer, pool: Pool, total: int, roots: tuple[int, int, int, int]) -> Image:
-    """Write the metadata space map, which counts itself, and the superblock."""
+def _superblock(
+    pool: Pool, held: int, maps: bytes, mapping_root: int, details_root: int, total: int
+) -> bytes:
+    head = struct.pack("<QIIQQ", 27022010, 2, pool.time, pool.transaction_id, held)
+    tail = struct.pack("<QQIIQIII", mapping_root, details_root, pool.data_block_size, 8, total, 0, 0, 0)
+    return (bytes(32) + head + maps + tail).ljust(BLOCK, b"\0")
+
+
+def _metadata_map(writer: _Writer, total: int) -> tuple[int, bytes]:
+    """Write the metadata space map, which counts itself; return the number of blocks and the map's root."""
     shared = sum(1 for count in writer.counts.values() if count >= 3)
     overflow_nodes = max(1, -(-shared // 168)) * 2 + 2
-    used = len(writer.rows)
-    total = total or (used + overflow_nodes + 300) * 5 // 4
-    nr_bitmaps = -(-total // ENTRIES_PER_BITMAP)
+    total = total or (len(writer.rows) + overflow_nodes + 300) * 5 // 4
     counts = np.zeros(total, dtype=np.int64)
     counts[list(writer.counts)] = list(writer.counts.values())
     overflow = writer.tree(*_overflow(counts))
-    bitmaps = list(range(len(writer.rows), len(writer.rows) + nr_bitmaps))
+    bitmaps = [len(writer.rows) + i for i in range(-(-total // ENTRIES_PER_BITMAP))]
     index = bitmaps[-1] + 1
     writer.counts.update([overflow, index, *bitmaps])
     counts[list(writer.counts)] = list(writer.counts.values())
     for part in _parts(counts):
         writer.add(_bitmap(part), "bitmap")
     writer.add(_index_entries(counts, bitmaps), "index")
-    mapping_root, details_root, data_index, data_overflow = roots
-    body = struct.pack("<QIIQQ", 27022010, 2, pool.time, pool.transaction_id, 0)
-    body += _sm_root(pool.nr_data_blocks, writer.data_counts, data_index, data_overflow)
-    body += _sm_root(total, counts, index, overflow)
-    body += struct.pack("<QQIIQIII", mapping_root, details_root, pool.data_block_size, 8, total, 0, 0, 0)
-    writer.rows[0] = (bytes(32) + body).ljust(BLOCK, b"\0")
+    return total, _sm_root(total, counts, index, overflow)
+
+
+def _image(writer: _Writer, total: int) -> Image:
     raw = np.frombuffer(b"".join(writer.rows), dtype=np.uint8).reshape(-1, BLOCK)
     blocks = np.zeros((total, BLOCK), dtype=np.uint8)
     blocks[: len(raw)] = raw

@@ -2,9 +2,12 @@
 
 import dataclasses
 import os
+import shutil
 import signal
+import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -211,24 +214,50 @@ def test_changing_one_byte_costs_thin_under_a_mebibyte(work_dir: Path) -> None:
     assert row.backing_bytes < MIB
 
 
-def test_vfs_is_measured_without_root_in_a_plain_directory(tmp_path: Path) -> None:
+@pytest.fixture(name="public_dir")
+def directory_for_everybody() -> Iterator[Path]:
+    """A work directory that every user reaches, as those of pytest are not."""
+    with tempfile.TemporaryDirectory(prefix="blocksnap-test-") as name:
+        directory = Path(name)
+        directory.chmod(0o755)
+        work_dir = directory / "work"
+        work_dir.mkdir()
+        work_dir.chmod(0o777)
+        yield work_dir
+        assert places_below(directory) == []
+        assert list(work_dir.iterdir()) == []
+
+
+def run_without_root(work_dir: Path, drivers: str) -> list[str]:
+    """Compare as the user nobody, with a /dev/fuse that is open to all; return what was printed."""
     if os.geteuid() != 0:
         pytest.skip("needs root to become another user")
-    work_dir = tmp_path / "work"
-    work_dir.mkdir()
-    work_dir.chmod(0o777)
     # Search and read rights alone, so that the interpreter is found wherever it lies.
     rights = "-all,+dac_read_search"
     as_nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
     as_nobody += [f"--inh-caps={rights}", f"--ambient-caps={rights}"]
-    script = [sys.executable, "-c", _WITHOUT_ROOT, str(work_dir)]
-    done = subprocess.run([*as_nobody, *script], capture_output=True, text=True, check=False)
-    assert done.stdout.splitlines() == [
-        "vfs None None True True",
+    script = [*as_nobody, sys.executable, "-c", _WITHOUT_ROOT, str(work_dir), drivers]
+    node = work_dir.parent / "fuse"
+    os.mknod(node, 0o666 | stat.S_IFCHR, os.makedev(10, 229))
+    node.chmod(0o666)
+    opened = ["unshare", "--mount", "sh", "-c", 'mount --bind "$0" /dev/fuse; exec "$@"', str(node), *script]
+    done = subprocess.run(opened, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_vfs_is_measured_without_root_in_a_plain_directory(public_dir: Path) -> None:
+    assert run_without_root(public_dir, "overlay,vfs,volume") == [
+        "vfs None None True None",
         "overlay needs root",
         "volume needs root to bind-mount a directory",
-    ], done.stderr
-    assert list(work_dir.iterdir()) == []
+    ]
+
+
+@needs_thin
+@pytest.mark.skipif(shutil.which("fuse2fs") is None, reason="needs fuse2fs")
+def test_thin_is_measured_without_root_by_the_counters_of_its_pool(public_dir: Path) -> None:
+    assert run_without_root(public_dir, "thin") == ["thin 64K None None True pool counters"]
 
 
 _WITHOUT_ROOT = """
@@ -237,9 +266,10 @@ from pathlib import Path
 from blocksnap.amplification.measure import compare, targets_for
 from blocksnap.amplification.workloads import parse_workload
 workload = parse_workload("touch-byte:large_file_bytes=1M,offset=0,small_files=5")
-comparison = compare(workload, targets_for(["overlay", "vfs", "volume"], []), work_dir=Path(sys.argv[1]))
+targets = targets_for(sys.argv[2].split(","), [65536])
+comparison = compare(workload, targets, work_dir=Path(sys.argv[1]))
 for row in comparison.results:
-    print(row.label, row.error, row.backing_bytes, row.copy_bytes > 1 << 20, row.seconds > 0)
+    print(row.label, row.error, row.backing_bytes, (row.copy_bytes or 0) > 0, row.write_amplification_source)
 for skipped in comparison.skipped:
     print(skipped.driver, skipped.reason)
 """

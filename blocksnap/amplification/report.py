@@ -112,6 +112,11 @@ def notes(comparison: Comparison) -> list[str]:
     """Return a sentence for each driver that failed or was left out, and for figures that mislead."""
     said = [f"{row.label} failed: {row.error}" for row in comparison.results if row.error]
     said += [f"{skipped.driver} skipped: {skipped.reason}" for skipped in comparison.skipped]
+    if any(row.write_amplification_source == "pool counters" for row in comparison.results):
+        said.append(
+            "thin counted its own writes here, without what the file system below adds: "
+            "as root there is a loop device whose counter tells."
+        )
     written = [row.application_bytes for row in comparison.results if row.application_bytes]
     if written and max(written) > 1.05 * min(written):
         least, most = format_bytes(min(written)), format_bytes(max(written))

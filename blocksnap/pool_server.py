@@ -1,8 +1,8 @@
 """The process that serves a pool: `python -m blocksnap.pool_server PATH DESCRIPTOR`, started by pool_client.
 
-It holds the pool open, exports and mounts its devices and answers on the socket in the pool's directory, for as
-long as somebody is connected or something is mounted. DESCRIPTOR is the first connection, that of the process
-which started it: the greeting goes there, or the error that prevents one.
+It holds the pool open, exports and mounts its devices and answers on the socket in the pool's directory, for
+as long as somebody is connected or something is mounted. DESCRIPTOR is the first connection, that of the
+process which started it: the greeting goes there, or the error that prevents one.
 """
 
 import logging
@@ -183,7 +183,7 @@ class PoolServer:
         return self._ending
 
     def _part(self, connection: socket.socket) -> None:
-        # Not closed while the server ends: the end of the connection tells the client that everything is done.
+        # Not closed while the server ends: the connection's end tells the client that everything is done.
         with self._lock:
             if not self._ending:
                 del self._connections[connection]
@@ -201,8 +201,17 @@ class PoolServer:
             thread.join(_FAREWELL_SECONDS)
         self._mounts.close()
         self._pool.close()
+        _log.info("done with %s", self._directory)
+        _let_go_of_log()
         for connection in self._connections:
             connection.close()
+
+
+def _let_go_of_log() -> None:
+    """Close the log, which keeps the pool's file system busy."""
+    nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    for descriptor in (1, 2):
+        os.dup2(nowhere, descriptor)
 
 
 def _open_pool(directory: Path) -> Pool:
@@ -249,7 +258,6 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, server.terminate)
     _log.info("serving %s", directory)
     server.run(first)
-    _log.info("done")
     return 0
 
 

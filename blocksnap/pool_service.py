@@ -163,7 +163,7 @@ class PoolService:
     def mount(self, name: str, target: str, read_only: bool, options: str, namespace: int) -> dict[str, Any]:
         if namespace != mount_namespace():
             raise BusyError(
-                f"pool {self._pool.path} is served in another mount namespace, whose mounts are not seen here:"
+                f"pool {self._pool.path} is served in another mount namespace, and its mounts with it:"
                 " unmount there first"
             )
         return asdict(self._mounts.mount(name, Path(target), read_only=read_only, options=options))

@@ -3,10 +3,10 @@
     <root>/pool       the pool
     <root>/mnt/ID     where a layer is mounted
 
-A layer is a snapshot of its parent's device, one without a parent of the base device, which is made once and holds an
-empty file system. The device's labels say that it is a layer and which one is its parent, so the pool's catalog is the
-only truth. All goes through the pool's server: it is started when it is needed, what it mounts outlives this process,
-and several processes work on one root.
+A layer is a snapshot of its parent's device, one without a parent of the base device, which is made once and
+holds an empty file system. The device's labels say that it is a layer and which one is its parent, so the
+pool's catalog is the only truth. All goes through the pool's server: it is started when it is needed, what it
+mounts outlives this process, and several processes work on one root.
 """
 
 import os
@@ -27,6 +27,8 @@ from .directory import backing_filesystem
 __all__ = ["ThinDriver"]
 
 _BASE = ".base"  # no layer id begins with a dot
+_KINDS = " or ".join(FILE_SYSTEMS)
+_KINDS = " or ".join(FILE_SYSTEMS)
 _PARENT = "parent"
 _FILE_SYSTEM = "filesystem"
 _POOL_SIZE = "10G"
@@ -52,14 +54,12 @@ class ThinDriver(Driver):
         """Open the pool in root, or make one of the given size (10G) and block_size (64K).
 
         base_size is the size of the file system of each layer that is made from now on without a parent.
-        preallocate writes the new pool's files full of zeros, so that the file system that holds them has nothing
-        left to allocate.
+        preallocate writes the new pool's files full of zeros, so that their file system has nothing left to
+        allocate.
         """
         super().__init__(root)
         if filesystem not in FILE_SYSTEMS:
-            raise ArgumentError(
-                f'"{filesystem}" is no file system for layers: take {" or ".join(FILE_SYSTEMS)}'
-            )
+            raise ArgumentError(f'"{filesystem}" is no file system for layers: take {_KINDS}')
         self._pool_path = self.root / "pool"
         self._mounts = self.root / "mnt"
         self._base_size = parse_size(base_size, "base size")
@@ -90,6 +90,11 @@ class ThinDriver(Driver):
         client, self._client = self._client, None
         if client is not None and self._owner == os.getpid():
             client.close()
+
+    def cleanup(self) -> None:
+        """Unmount everything of this root, but what other living processes hold; part from the server."""
+        super().cleanup()
+        self.close()
 
     # ---- questions
 
@@ -136,7 +141,7 @@ class ThinDriver(Driver):
         return shown + [(f"{name} (bytes)", str(value)) for name, value in rows if isinstance(value, int)]
 
     def metadata(self, id: str) -> dict[str, str]:
-        """Return Docker's keys: DeviceId, DeviceSize, DeviceName; where it is mounted, LoopDevice and MergedDir."""
+        """Return Docker's DeviceId, DeviceSize and DeviceName; if mounted, MountPoint and LoopDevice."""
         self._check_known(id)
         pool = self._pool()
         device = pool.device(id)
@@ -149,8 +154,9 @@ class ThinDriver(Driver):
     def accounting(self, id: str) -> Accounting:
         """Return what the pool wrote since the layer was made, as far as its server has lived that long.
 
-        filesystem_bytes is of this layer alone; the other bytes are of the pool, so of all layers that were written
-        to meanwhile. allocated_bytes is the layer's own data blocks and the metadata blocks that the pool has taken.
+        filesystem_bytes is of this layer alone; what was written is of the pool, so of all layers that were
+        written to meanwhile. allocated_bytes is what the layer does not share with its parent, and the
+        metadata blocks that the pool has taken since.
         """
         self._check_known(id)
         pool = self._pool()
@@ -228,7 +234,7 @@ class ThinDriver(Driver):
     # ---- the pool
 
     def _pool(self) -> PoolClient:
-        """Return the connection to the pool's server, a new one if that has ended or this is a forked process."""
+        """Return the connection to the pool's server, a new one if that has ended or we were forked."""
         client = self._client
         if client is None or client.closed or self._owner != os.getpid():
             client = self._client = pool_client.serve(self._pool_path)
@@ -251,8 +257,8 @@ class ThinDriver(Driver):
             ).close()
         elif block_size is not None and (found := self._pool().status().block_size) != parse_size(block_size):
             raise ArgumentError(
-                f"the pool in {self.root} has blocks of {format_size(found)}: open it without a block size, or take"
-                " another root"
+                f"the pool in {self.root} has blocks of {format_size(found)}: open it without, or"
+                " take another root"
             )
 
     def _make_base(self) -> None:

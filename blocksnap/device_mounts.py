@@ -1,0 +1,290 @@
+"""Mounting thin devices of an open pool: export, loop device, file system, and the way back.
+
+As root the kernel mounts the file system from a loop device over the exported file, with direct I/O so that
+nothing is cached twice; without privilege fuse2fs mounts it from the file. The loop devices detach by
+themselves when this process dies.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import mount
+from .dead_mounts import end_dead_export
+from .device_export import DeviceExport
+from .errors import ArgumentError, BlocksnapError, BusyError
+from .file_system import Fuse2fs, make_file_system
+from .pool import Pool
+from .user_pool import UserDevice
+
+__all__ = ["DeviceMount", "DeviceMounts"]
+
+_OPTIONS = {"ext4": "discard", "xfs": "discard,nouuid", "btrfs": "discard"}
+_DETACH_SECONDS = 5.0
+_END_SECONDS = 5.0
+_RETRY_SECONDS = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMount:
+    """A mounted thin device; loop is None where fuse2fs mounts the exported file."""
+
+    device: str
+    target: str
+    filesystem: str
+    loop: str | None
+    read_only: bool
+
+
+@dataclass(slots=True)
+class _Active:
+    """What there is between a device and its mount; loop or process is set."""
+
+    shown: DeviceMount
+    handle: UserDevice
+    loop: mount.LoopDevice | None = None
+    process: Fuse2fs | None = None
+    written_before: int = 0
+
+    def is_mounted(self) -> bool:
+        if self.process is not None:
+            return self.process.is_mounted()
+        assert self.loop is not None
+        return any(entry.source == self.loop.path for entry in mount.mount_table())
+
+    def unmount(self, *, lazy: bool) -> None:
+        if self.process is not None:
+            self.process.unmount(lazy=lazy)
+        else:
+            mount.unmount(self.shown.target, lazy=lazy)
+
+    def written_bytes(self) -> int:
+        return 0 if self.loop is None else self.loop.written_bytes() - self.written_before
+
+    def take_written_bytes(self) -> int:
+        written = self.written_bytes()
+        self.written_before += written
+        return written
+
+
+@dataclass(slots=True)
+class _Device:
+    """A device that is or was mounted; its lock is held for the length of each change to it."""
+
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    active: _Active | None = None
+    written: int = 0
+
+
+class DeviceMounts:
+    """The mounts of one pool's devices. Methods may be called from any thread."""
+
+    def __init__(self, pool: Pool, export: Path) -> None:
+        """Take over the directory `export`: what a killed process left mounted there is unmounted."""
+        self._pool = pool
+        self._directory = export
+        self._devices: dict[str, _Device] = {}
+        self._lock = threading.Lock()
+        self._export: DeviceExport | None = None
+        self._exported: set[str] = set()
+        end_dead_export(export)
+        export.mkdir(mode=0o700, exist_ok=True)
+
+    # ---- questions
+
+    def mounts(self) -> list[DeviceMount]:
+        """Return what is mounted, by device."""
+        with self._lock:
+            found = [device.active.shown for device in self._devices.values() if device.active is not None]
+        return sorted(found, key=lambda one: one.device)
+
+    def of(self, name: str) -> DeviceMount | None:
+        """Return the mount of a device."""
+        device = self._devices.get(name)
+        active = device.active if device is not None else None
+        return active.shown if active is not None else None
+
+    def written_bytes(self, name: str) -> int:
+        """Return what file systems on a device wrote to their loop devices, as far as this process knows."""
+        device = self._device(name)
+        with device.lock:
+            return device.written + (device.active.written_bytes() if device.active else 0)
+
+    # ---- changes
+
+    @contextmanager
+    def holding(self, name: str) -> Iterator[DeviceMount | None]:
+        """Keep a device from being mounted or unmounted meanwhile; gives its mount."""
+        device = self._device(name)
+        with device.lock:
+            yield device.active.shown if device.active is not None else None
+
+    def mount(self, name: str, target: Path, *, read_only: bool = False, options: str = "") -> DeviceMount:
+        """Mount a device; one that is mounted there already stays as it is."""
+        device = self._device(name)
+        with device.lock:
+            self._forget_ended(name, device)
+            if device.active is None:
+                device.active = self._activate(name, target, read_only, options)
+            elif os.path.realpath(target) != device.active.shown.target:
+                raise BusyError(
+                    f'thin device "{name}" is mounted at {device.active.shown.target}: unmount it first'
+                )
+            return device.active.shown
+
+    def umount(self, name: str, *, lazy: bool = False) -> None:
+        """Unmount a device. BusyError while it is in use, ArgumentError when it is not mounted."""
+        device = self._device(name)
+        with device.lock:
+            if device.active is None:
+                raise ArgumentError(f'thin device "{name}" is not mounted')
+            self._deactivate(name, device, lazy=lazy)
+
+    def make_file_system(self, name: str, kind: str) -> None:
+        """Make a file system on a device that is not mounted."""
+        device = self._device(name)
+        with device.lock, ExitStack() as stack:
+            if device.active is not None:
+                raise BusyError(f'thin device "{name}" is mounted: unmount it first')
+            path = self._expose(name, stack)[1]
+            if kind == "xfs":  # mkfs.xfs wants to know a device's geometry
+                loop = mount.LoopDevice.attach(path, autoclear=True)
+                stack.callback(loop.detach)
+                path = Path(loop.path)
+            make_file_system(path, kind)
+
+    @contextmanager
+    def frozen(self, name: str, timeout: float) -> Iterator[None]:
+        """Hold the file system on a device frozen, if it is mounted for writing."""
+        with self.holding(name) as mounted:
+            if mounted is None or mounted.read_only:
+                yield
+            elif mounted.loop is None:
+                raise BusyError(
+                    f'thin device "{name}" is mounted by fuse2fs, which cannot be frozen: unmount it first'
+                )
+            else:
+                with mount.frozen(mounted.target, timeout):
+                    yield
+
+    def refresh(self, name: str) -> None:
+        """Show the kernel the new size of a device."""
+        device = self._device(name)
+        with device.lock:
+            if device.active is not None and device.active.loop is not None:
+                device.active.loop.refresh()
+
+    def forget(self, name: str) -> None:
+        """Forget what was counted for a device, which is about to be deleted."""
+        with self._lock:
+            device = self._devices.get(name)
+            if device is not None and device.active is None:
+                del self._devices[name]
+
+    def forget_ended(self) -> None:
+        """Let go of devices that somebody has unmounted behind our back."""
+        for name, device in list(self._devices.items()):
+            with device.lock, suppress(BlocksnapError):
+                self._forget_ended(name, device)
+
+    def close(self) -> None:
+        """Unmount everything; what stays in use is written back and taken out of sight."""
+        for name, device in list(self._devices.items()):
+            with device.lock, suppress(BlocksnapError):
+                if device.active is not None:
+                    self._end(name, device)
+        if self._export is not None:
+            self._export.stop()
+            self._export = None
+        for device in self._devices.values():
+            if device.active is not None:
+                device.active.handle.close()
+                device.active = None
+        with suppress(OSError):
+            self._directory.rmdir()
+
+    # ---- how
+
+    def _device(self, name: str) -> _Device:
+        with self._lock:
+            return self._devices.setdefault(name, _Device())
+
+    def _expose(self, name: str, stack: ExitStack) -> tuple[UserDevice, Path]:
+        """Export a device until the stack unwinds."""
+        handle = self._pool.device(name).hold()
+        stack.callback(handle.close)
+        with self._lock:
+            if self._export is None:
+                self._export = DeviceExport(self._directory)
+            self._export.add(name, handle)
+            self._exported.add(name)
+            path = self._export.path(name)
+        stack.callback(self._hide, name)
+        return handle, path
+
+    def _hide(self, name: str) -> None:
+        """Take a device out of the export; nothing stays mounted for an empty one."""
+        with self._lock:
+            if self._export is not None:
+                self._export.remove(name)
+                self._exported.discard(name)
+                if not self._exported:
+                    self._export.stop()
+                    self._export = None
+
+    def _activate(self, name: str, target: Path, read_only: bool, options: str) -> _Active:
+        if not target.is_dir():
+            raise ArgumentError(f"{target} is not a directory: make it, or mount elsewhere")
+        real = os.path.realpath(target)
+        with ExitStack() as stack:
+            handle, path = self._expose(name, stack)
+            if os.geteuid() != 0:
+                process = Fuse2fs(path, Path(real), read_only=read_only)
+                active = _Active(DeviceMount(name, real, "ext4", None, read_only), handle, process=process)
+            else:
+                loop = mount.LoopDevice.attach(path, direct_io=True, autoclear=True)
+                stack.callback(loop.detach)
+                before = loop.written_bytes()
+                kind = mount.filesystem_type(loop.path)
+                chosen = ",".join(filter(None, (_OPTIONS[kind], options)))
+                mount.mount(loop.path, real, kind, read_only=read_only, noatime=True, options=chosen)
+                shown = DeviceMount(name, real, kind, loop.path, read_only)
+                active = _Active(shown, handle, loop=loop, written_before=before)
+            stack.pop_all()
+            return active
+
+    def _deactivate(self, name: str, device: _Device, *, lazy: bool = False) -> None:
+        """Undo _activate; after a failure the rest can be done later."""
+        active = device.active
+        assert active is not None
+        if active.is_mounted():
+            active.unmount(lazy=lazy)
+            device.written += active.take_written_bytes()
+        if active.loop is not None:
+            active.loop.detach(_DETACH_SECONDS)
+        self._hide(name)
+        active.handle.close()
+        device.active = None
+
+    def _forget_ended(self, name: str, device: _Device) -> None:
+        if device.active is not None and not device.active.is_mounted():
+            self._deactivate(name, device)
+
+    def _end(self, name: str, device: _Device) -> None:
+        assert device.active is not None
+        deadline = time.monotonic() + _END_SECONDS
+        while True:
+            try:
+                self._deactivate(name, device)
+                return
+            except BusyError:
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(_RETRY_SECONDS)
+        with suppress(BlocksnapError):
+            mount.sync_filesystem(device.active.shown.target)
+        self._deactivate(name, device, lazy=True)

@@ -1,0 +1,99 @@
+"""Making file systems on thin devices, and mounting them without privilege: the programs of e2fsprogs,
+xfsprogs and fuse2fs, which work on the files of an export.
+"""
+
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+from . import mount
+from .errors import ArgumentError, BlocksnapError, BusyError, NotSupportedError
+
+__all__ = ["FILE_SYSTEMS", "Fuse2fs", "find_program", "make_file_system"]
+
+FILE_SYSTEMS = ("ext4", "xfs")
+
+_PACKAGES = {
+    "mke2fs": "e2fsprogs",
+    "debugfs": "e2fsprogs",
+    "mkfs.xfs": "xfsprogs",
+    "fuse2fs": "fuse2fs",
+    "fusermount3": "fuse3",
+}
+# One inode for 64 KiB is enough for images. Nothing is left for the kernel to initialise later: an idle file
+# system writes nothing.
+_EXT4 = ("-q", "-F", "-t", "ext4", "-m", "0", "-i", "65536")
+_EXT4_EXTENDED = "nodiscard,lazy_itable_init=0,lazy_journal_init=0"
+_MOUNT_SECONDS = 10.0
+
+
+def find_program(name: str) -> str | None:
+    """Return the path of a program, looked for in the system directories too."""
+    return shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin")
+
+
+def _program(name: str) -> str:
+    path = find_program(name)
+    if path is None:
+        raise NotSupportedError(f"{name} is not installed: apt install {_PACKAGES[name]}")
+    return path
+
+
+def make_file_system(path: Path, kind: str) -> None:
+    """Make an empty file system whose root directory has mode 0755, belongs to this user and is empty."""
+    if kind == "ext4":
+        extended = f"{_EXT4_EXTENDED},root_owner={os.geteuid()}:{os.getegid()}"
+        _run([_program("mke2fs"), *_EXT4, "-E", extended, str(path)])
+        _run([_program("debugfs"), "-w", "-R", "rmdir lost+found", str(path)])
+    elif kind == "xfs":
+        _run([_program("mkfs.xfs"), "-q", "-f", "-K", str(path)])
+    else:
+        raise ArgumentError(
+            f'"{kind}" is no file system that can be made here: take {" or ".join(FILE_SYSTEMS)}'
+        )
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode != 0:
+        said = " ".join(done.stderr.split())
+        raise BlocksnapError(f"{Path(command[0]).name} failed on {command[-1]}: {said}")
+
+
+class Fuse2fs:
+    """An ext4 file system mounted by a process of ours, without privilege."""
+
+    def __init__(self, source: Path, target: Path, *, read_only: bool = False) -> None:
+        options = "fakeroot" + (",ro" if read_only else "")
+        command = [_program("fuse2fs"), "-f", "-o", options, str(source), str(target)]
+        self._unmount = [_program("fusermount3"), "-u", str(target)]
+        self._target = target
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        self._wait_mounted()
+
+    def _wait_mounted(self) -> None:
+        deadline = time.monotonic() + _MOUNT_SECONDS
+        while not mount.is_mounted(self._target):
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self._process.kill()
+                said = " ".join(self._process.communicate()[1].split())
+                raise BlocksnapError(f"fuse2fs could not mount {self._target}: {said}")
+            time.sleep(0.005)
+
+    def is_mounted(self) -> bool:
+        return self._process.poll() is None
+
+    def unmount(self, *, lazy: bool = False) -> None:
+        """Unmount and wait until everything is written."""
+        command = [*self._unmount, "-z"] if lazy else self._unmount
+        if self._process.poll() is None:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode != 0 and self._process.poll() is None:
+                raise BusyError(f"unmounting {self._target}: {' '.join(done.stderr.split())}")
+        if lazy:
+            return
+        self._process.communicate()

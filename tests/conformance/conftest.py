@@ -3,12 +3,13 @@
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from blocksnap import drivers, mount
+from blocksnap import drivers, errors, mount
 
 OpenDriver = Callable[[], drivers.Driver]
 
@@ -33,7 +34,21 @@ def root(tmp_path: Path) -> Iterator[Path]:
         try:
             yield target / "root"
         finally:
+            unmount_when_free(target)
+
+
+def unmount_when_free(target: Path, seconds: float = 20) -> None:
+    """Unmount; a server of the driver's may need a moment to end after its last client has left."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
             mount.unmount(target)
+            return
+        except errors.BusyError:
+            if time.monotonic() > deadline:
+                mount.unmount(target, lazy=True)
+                raise
+            time.sleep(0.05)
 
 
 @pytest.fixture(params=[name for name, _ in drivers.available()])

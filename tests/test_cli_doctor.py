@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from blocksnap import mount
+from blocksnap import drivers, mount
 from blocksnap.cli.doctor import ABILITIES, Part, as_dict, examine, missing_for, remove_all
 from blocksnap.cli.leftovers import Leftover, dead_exports, dead_work_directories
 
@@ -105,10 +105,13 @@ def test_leftover_that_cannot_be_removed_does_not_keep_the_others() -> None:
 
 
 @needs_root
-def test_killed_comparison_is_found_and_cleared_away_and_a_living_one_is_not(tmp_path: Path) -> None:
+@pytest.mark.parametrize("driver", ["overlay", "thin"])
+def test_killed_comparison_is_cleared_away_and_a_living_one_is_not(tmp_path: Path, driver: str) -> None:
+    if (reason := dict(drivers.available(tmp_path)).get(driver)) is not None:
+        pytest.skip(f"needs the driver {driver}: {reason}")
     started = tmp_path / "started"
     command = ["sh", "-c", f"echo $$ > {started}.new; mv {started}.new {started}; exec sleep 1000"]
-    arguments = ["compare", "--drivers", "overlay", "--work-dir", str(tmp_path), "--", *command]
+    arguments = ["compare", "--drivers", driver, "--work-dir", str(tmp_path), "--", *command]
     process = subprocess.Popen([*MAIN, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not started.exists():
         assert process.poll() is None

@@ -93,13 +93,23 @@ def test_verdict_names_the_winner_with_its_block_size_and_all_figures() -> None:
 
 
 def test_verdict_says_at_which_block_sizes_block_level_wins() -> None:
-    assert "writes less than overlay at 4K, 16K and 64K, more at 1M." in verdict(comparison(*THIN, OVERLAY))
+    assert "writes less than overlay at 4K, 16K and 64K and more than overlay at 1M." in verdict(
+        comparison(*THIN, OVERLAY)
+    )
+
+
+def test_verdict_calls_a_difference_of_two_percent_none() -> None:
+    text = verdict(comparison(*THIN[:2], row("thin", 12.1, 65536), row("overlay", 12), VOLUME))
+    assert "writes less than overlay at 4K and 16K and about as much as overlay at 64K." in text
+    assert "(too near to call from one run)" not in text
+    near = verdict(comparison(row("overlay", 12), row("vfs", 12.2)))
+    assert "12.2 with vfs (too near to call from one run)" in near
 
 
 def test_verdict_says_when_the_file_level_driver_wins() -> None:
     text = verdict(comparison(*THIN, row("overlay", 3), VOLUME))
     assert text.startswith("overlay wins: 3.00")
-    assert "At no block size measured does block-level copy-on-write write less than overlay." in text
+    assert "Block-level copy-on-write writes more than overlay at every block size measured." in text
 
 
 def test_verdict_says_who_waits_when_the_container_is_created() -> None:

@@ -9,6 +9,8 @@ from .result import BASELINE, Comparison, Measurement
 
 __all__ = ["format_bytes", "format_ratio", "format_seconds", "verdict"]
 
+_NOISE = 0.03  # what two runs of the same differ by
+
 
 def format_ratio(value: float) -> str:
     """Return three significant digits without an exponent: 1.42, 17.3, 1,240."""
@@ -62,6 +64,8 @@ def _winner_sentence(rows: Sequence[Measurement], comparison: Comparison) -> str
         sentence += ", against " + _join(
             [f"{format_ratio(_amplification(row))} with {_name(row)}" for row in others]
         )
+    if others and _relation(winner, others[0]) == "about as much as":
+        sentence += " (too near to call from one run)"
     return sentence + _volume_clause(comparison) + "." + _copies_sentence([winner, *others])
 
 
@@ -102,18 +106,25 @@ def _block_size_sentence(rows: Sequence[Measurement]) -> str:
     if not blocks or not files:
         return ""
     rival = files[0]
-    better = sorted(
-        row.target.block_size or 0 for row in blocks if _amplification(row) < _amplification(rival)
-    )
-    worse = sorted({row.target.block_size or 0 for row in blocks} - set(better))
-    if not better:
-        return (
-            f"At no block size measured does block-level copy-on-write write less than {rival.target.driver}."
-        )
-    less = f"Block-level copy-on-write writes less than {rival.target.driver}"
-    if not worse:
-        return f"{less} at every block size measured."
-    return f"{less} at {_join(map(format_size, better))}, more at {_join(map(format_size, worse))}."
+    at: dict[str, list[int]] = {"less than": [], "about as much as": [], "more than": []}
+    for row in blocks:
+        at[_relation(row, rival)].append(row.target.block_size or 0)
+    parts = [
+        f"{relation} {rival.target.driver} at {_sizes(sizes)}" for relation, sizes in at.items() if sizes
+    ]
+    if len(parts) == 1:
+        (relation,) = (relation for relation, sizes in at.items() if sizes)
+        parts = [f"{relation} {rival.target.driver} at every block size measured"]
+    return f"Block-level copy-on-write writes {_join(parts)}."
+
+
+def _relation(row: Measurement, rival: Measurement) -> str:
+    ratio = _amplification(row) / _amplification(rival)
+    return "less than" if ratio < 1 - _NOISE else "more than" if ratio > 1 + _NOISE else "about as much as"
+
+
+def _sizes(sizes: Sequence[int]) -> str:
+    return _join([format_size(size) for size in sorted(set(sizes))])
 
 
 def _first_write_sentence(ordered: Sequence[Measurement], comparison: Comparison) -> str:

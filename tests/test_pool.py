@@ -7,11 +7,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import blocksnap
 from blocksnap import errors
+from blocksnap.mount import LoopDevice
 from blocksnap.pool import Pool
 from blocksnap.user_pool import UserPool
 from tests.thin_tools import assert_sound, needs_thin_tools, restore
@@ -40,6 +42,9 @@ def small_file_system(folder: Path, size: int) -> Path:
     return folder
 
 
+needs_loop = pytest.mark.skipif(
+    os.geteuid() != 0 or not Path("/dev/loop-control").exists(), reason="needs root and /dev/loop-control"
+)
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small file system")
 
 
@@ -315,6 +320,27 @@ def test_two_files_make_a_pool_with_a_catalog_beside_them(tmp_path: Path) -> Non
     assert entries(tmp_path) == ["d", "m", "m.catalog.db"]
     with pytest.raises(errors.ArgumentError, match="two devices"):
         Pool.open(metadata=metadata, data=metadata)
+
+
+@needs_loop
+def test_two_block_devices_make_a_pool(tmp_path: Path) -> None:
+    for name, size in (("m", 4 << 20), ("d", 32 << 20)):
+        with (tmp_path / name).open("wb") as made:
+            made.truncate(size)
+    with LoopDevice.attach(tmp_path / "m") as metadata, LoopDevice.attach(tmp_path / "d") as data:
+        where: dict[str, Any] = {"metadata": metadata.path, "data": data.path, "catalog": tmp_path / "c"}
+        with Pool.create(**where) as pool:
+            pool.create_device("a", SIZE).write(12345, b"on block devices")
+            assert (pool.status().data_bytes, pool.status().metadata_bytes) == (32 << 20, 4 << 20)
+        with pytest.raises(errors.DeviceExistsError, match="exists already"):
+            Pool.create(**where)
+        with Pool.open(**where, direct_io=True) as pool:
+            assert pool.status().direct_io
+            assert pool.device("a").read(12345, 16) == b"on block devices"
+            pool.device("a").write(12345, b"ON")
+            with pytest.raises(errors.BusyError):
+                Pool.open(**where)
+    assert_sound(tmp_path / "m")
 
 
 def test_read_only_reads_and_refuses_changes(tmp_path: Path) -> None:

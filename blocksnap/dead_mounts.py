@@ -11,6 +11,7 @@ from pathlib import Path
 
 from . import mount
 from .errors import BlocksnapError
+from .file_system import unmount_fuse
 
 __all__ = ["dead_exports", "end_dead_export"]
 
@@ -30,8 +31,15 @@ def end_dead_export(mountpoint: str | os.PathLike[str]) -> bool:
     while target in dead_exports():
         found = True
         _end_users(Path(target))
-        mount.unmount(target, lazy=True, abort=True)
+        _abort(target)
     return found
+
+
+def _abort(target: str) -> None:
+    if os.geteuid() == 0:
+        mount.unmount(target, lazy=True, abort=True)
+    else:
+        unmount_fuse(target, lazy=True)
 
 
 def _is_export(entry: mount.MountEntry) -> bool:
@@ -49,7 +57,7 @@ def _is_dead(target: str) -> bool:
 def _end_users(export: Path) -> None:
     for entry in reversed(mount.mount_table()):
         if Path(entry.source).is_relative_to(export):  # fuse2fs over a file of the export
-            mount.unmount(entry.target, lazy=True)
+            _abort(entry.target)
     for loop in mount.loop_devices():
         if Path(loop.backing_path).is_relative_to(export):
             for entry in reversed(mount.mount_table()):

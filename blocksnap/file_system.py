@@ -11,7 +11,7 @@ from pathlib import Path
 from . import mount
 from .errors import ArgumentError, BlocksnapError, BusyError, NotSupportedError
 
-__all__ = ["FILE_SYSTEMS", "Fuse2fs", "find_program", "make_file_system"]
+__all__ = ["FILE_SYSTEMS", "Fuse2fs", "find_program", "make_file_system", "unmount_fuse"]
 
 FILE_SYSTEMS = ("ext4", "xfs")
 
@@ -62,13 +62,20 @@ def _run(command: list[str]) -> None:
         raise BlocksnapError(f"{Path(command[0]).name} failed on {command[-1]}: {said}")
 
 
+def unmount_fuse(target: str | os.PathLike[str], *, lazy: bool = False) -> None:
+    """Unmount a FUSE file system of this user without privilege. BusyError when that fails."""
+    command = [_program("fusermount3"), "-u", *(["-z"] if lazy else []), os.fspath(target)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise BusyError(f"unmounting {os.fspath(target)}: {' '.join(done.stderr.split())}")
+
+
 class Fuse2fs:
     """An ext4 file system mounted by a process of ours, without privilege."""
 
     def __init__(self, source: Path, target: Path, *, read_only: bool = False) -> None:
         options = "fakeroot" + (",ro" if read_only else "")
         command = [_program("fuse2fs"), "-f", "-o", options, str(source), str(target)]
-        self._unmount = [_program("fusermount3"), "-u", str(target)]
         self._target = target
         self._process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -89,11 +96,10 @@ class Fuse2fs:
 
     def unmount(self, *, lazy: bool = False) -> None:
         """Unmount and wait until everything is written."""
-        command = [*self._unmount, "-z"] if lazy else self._unmount
-        if self._process.poll() is None:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode != 0 and self._process.poll() is None:
-                raise BusyError(f"unmounting {self._target}: {' '.join(done.stderr.split())}")
-        if lazy:
-            return
-        self._process.communicate()
+        try:
+            unmount_fuse(self._target, lazy=lazy)
+        except BusyError:
+            if self._process.poll() is None:
+                raise
+        if not lazy:
+            self._process.communicate()

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from . import metadata as metadata_walks
 from .catalog import Catalog, DeviceRecord
+from .dead_mounts import end_dead_export
 from .errors import (
     ArgumentError,
     BlocksnapError,
@@ -135,6 +136,11 @@ class Pool:
             files.metadata, files.data, read_only=read_only, direct_io=direct_io, passdown=passdown
         )
         try:
+            if files.directory is not None:
+                with suppress(
+                    BlocksnapError
+                ):  # what a killed server left mounted can wait for who may unmount
+                    end_dead_export(files.directory / "export")
             return cls(files, core, open_catalog(files, core, adopt=adopt))
         except BaseException:
             core.abandon()

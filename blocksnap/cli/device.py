@@ -1,4 +1,4 @@
-"""blocksnap device: create, snapshot, list, remove, resize, read, write."""
+"""blocksnap device: create, snapshot, list, remove, resize, read, write, mount, umount."""
 
 import sys
 from contextlib import nullcontext
@@ -10,10 +10,21 @@ import typer
 from rich.table import Table
 
 from ..errors import system_errors
+from ..file_system import FILE_SYSTEMS
+from ..pool_client import RemoteDevice
 from ..thin_device import ThinDevice
 from ..units import format_size
 from .console import JsonOption, parse_size_option, print_json, stdout
-from .pools import CatalogOption, DataOption, MetadataOption, NameArgument, PathArgument, locate, open_pool
+from .pools import (
+    CatalogOption,
+    DataOption,
+    MetadataOption,
+    NameArgument,
+    PathArgument,
+    locate,
+    open_pool,
+    serve_pool,
+)
 
 __all__ = ["app"]
 
@@ -30,7 +41,7 @@ OffsetOption = Annotated[
 ]
 
 
-def _described(device: ThinDevice) -> dict[str, object]:
+def _described(device: ThinDevice | RemoteDevice) -> dict[str, object]:
     created = datetime.fromtimestamp(device.created / 1e9, UTC)
     return {
         "name": device.name,
@@ -186,3 +197,57 @@ def write(
             while chunk := origin.read(_CHUNK):
                 offset += device.write(offset, chunk)
         device.flush()
+
+
+@app.command()
+def mount(
+    path: PathArgument = None,
+    name: NameArgument = None,
+    target: Annotated[
+        str | None, typer.Argument(metavar="DIR", help="Where to mount it.", show_default=False)
+    ] = None,
+    read_only: Annotated[bool, typer.Option("--read-only", help="Mount it read-only.")] = False,
+    options: Annotated[
+        str, typer.Option("--options", metavar="OPTIONS", help="Options for the file system.")
+    ] = "",
+    mkfs: Annotated[
+        str | None,
+        typer.Option(
+            "--mkfs",
+            metavar="TYPE",
+            help=f"Make a file system first ({' or '.join(FILE_SYSTEMS)}); what is on the device is lost.",
+        ),
+    ] = None,
+    metadata: MetadataOption = None,
+    data: DataOption = None,
+    catalog: CatalogOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Mount the file system on a thin device; the pool is served by a process of its own until `umount`."""
+    location, (device_name, directory) = locate(
+        [path, name, target], ["NAME", "DIR"], metadata, data, catalog
+    )
+    with serve_pool(location) as pool:
+        if mkfs is not None:
+            pool.make_file_system(device_name, mkfs)
+        mounted = pool.mount(device_name, directory, read_only=read_only, options=options)
+    if as_json:
+        print_json(mounted)
+
+
+@app.command()
+def umount(
+    path: PathArgument = None,
+    name: NameArgument = None,
+    lazy: Annotated[
+        bool,
+        typer.Option("--lazy", help="Take it out of sight although it is in use: its last user ends it."),
+    ] = False,
+    metadata: MetadataOption = None,
+    data: DataOption = None,
+    catalog: CatalogOption = None,
+) -> None:
+    """Unmount a thin device; done means that everything is written."""
+    location, (device_name,) = locate([path, name], ["NAME"], metadata, data, catalog)
+    with serve_pool(location) as pool:
+        pool.umount(device_name, lazy=lazy)

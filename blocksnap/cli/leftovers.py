@@ -4,8 +4,6 @@ Each kind of leftover has one finder in FINDERS; the order is the order of remov
 may hold the mount of an export that died.
 """
 
-import errno
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from .. import mount
+from .. import dead_mounts, mount
 from ..amplification.testbed import DEFAULT_WORK_DIR, PREFIX, clear_below, owner_is_alive
 
 __all__ = ["FINDERS", "Leftover", "find_leftovers"]
@@ -24,7 +22,7 @@ class Leftover:
     """One thing that may be removed: what it is, in words, and how."""
 
     description: str
-    remove: Callable[[], None]
+    remove: Callable[[], object]
 
 
 def find_leftovers() -> list[Leftover]:
@@ -34,24 +32,10 @@ def find_leftovers() -> list[Leftover]:
 
 def dead_exports() -> Iterator[Leftover]:
     """Yield FUSE exports of blocksnap whose server is gone, with the loop devices and mounts above them."""
-    for entry in mount.mount_table():
-        if _is_export(entry) and _is_dead(entry.target):
-            yield Leftover(
-                f"FUSE export without a server at {entry.target}",
-                partial(mount.end_dead_export, entry.target),
-            )
-
-
-def _is_export(entry: mount.MountEntry) -> bool:
-    return entry.fstype.startswith("fuse") and "blocksnap" in (*entry.fstype.split("."), entry.source)
-
-
-def _is_dead(target: str) -> bool:
-    try:
-        os.statvfs(target)
-    except OSError as error:
-        return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
-    return False
+    for target in dead_mounts.dead_exports():
+        yield Leftover(
+            f"FUSE export without a server at {target}", partial(dead_mounts.end_dead_export, target)
+        )
 
 
 def dead_work_directories() -> Iterator[Leftover]:

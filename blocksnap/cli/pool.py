@@ -4,13 +4,14 @@ import re
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
 from ..metadata import DELTA_KINDS
 from ..pool import Pool
+from ..pool_client import PoolClient
 from ..pool_report import PoolStatus
 from ..units import format_size
 from .console import DAMAGE_FOUND, JsonOption, parse_size_option, print_json, stdout
@@ -90,12 +91,25 @@ def status(
     location, _ = locate([path], [], metadata, data, catalog)
     with open_pool(location, read_only=True) as pool:
         found = pool.status()
+        server = _server(pool)
     # This verb chose to open it read-only; what is told is whether others can write.
     found = replace(found, read_only=found.needs_check or found.failed)
     if as_json:
-        print_json(found)
-    else:
-        stdout.print(_status_table(found))
+        print_json({**asdict(found), "server": server})
+        return
+    table = _status_table(found)
+    if server is not None:
+        table.add_row("served by", f"process {server['pid']}")
+        for mounted in server["mounts"]:
+            table.add_row("mounted", f"{mounted['device']} at {mounted['target']}")
+    stdout.print(table)
+
+
+def _server(pool: Pool | PoolClient) -> dict[str, Any] | None:
+    """Return who serves the pool and what it has mounted, None when nobody does."""
+    if isinstance(pool, Pool):
+        return None
+    return {"pid": pool.server_pid, "mounts": [asdict(one) for one in pool.mounts()]}
 
 
 def _status_table(found: PoolStatus) -> Table:

@@ -1,5 +1,6 @@
 """Where a pool given on the command line lies, and how a verb gets at it: the one place that opens pools."""
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,8 +10,10 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .. import pool_files
+from .. import pool_client, pool_files
+from ..errors import ArgumentError, BusyError
 from ..pool import Pool
+from ..pool_client import PoolClient
 from ..pool_image import PoolImage
 from .console import stderr
 
@@ -25,7 +28,10 @@ __all__ = [
     "open_image",
     "open_pool",
     "progress_bar",
+    "serve_pool",
 ]
+
+_TURN_SECONDS = 1.0
 
 PathArgument = Annotated[
     str | None,
@@ -91,8 +97,22 @@ def locate(
     return Location(Path(arguments[0]), None, None, None), arguments[1:]
 
 
-def open_pool(location: Location, *, read_only: bool = False, adopt: bool = False) -> Pool:
-    """Open the pool for one verb."""
+def open_pool(location: Location, *, read_only: bool = False, adopt: bool = False) -> Pool | PoolClient:
+    """Open the pool for one verb, or connect to the process that serves it."""
+    deadline = time.monotonic() + _TURN_SECONDS
+    while True:
+        if (client := _connect(location)) is not None:
+            return client
+        try:
+            return _open(location, read_only=read_only, adopt=adopt)
+        except BusyError:
+            # A server that starts or ends has the pool open and does not answer; a verb does not take long.
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(_TURN_SECONDS / 20)
+
+
+def _open(location: Location, *, read_only: bool, adopt: bool) -> Pool:
     return Pool.open(
         location.path,
         metadata=location.metadata,
@@ -103,9 +123,20 @@ def open_pool(location: Location, *, read_only: bool = False, adopt: bool = Fals
     )
 
 
-def open_image(location: Location) -> PoolImage:
-    """Open what can be read of a pool even when it is damaged."""
-    return PoolImage(location.files)
+def open_image(location: Location) -> PoolImage | PoolClient:
+    """Open what can be read of a pool even when it is damaged, or connect to the process that serves it."""
+    return _connect(location) or PoolImage(location.files)
+
+
+def serve_pool(location: Location) -> PoolClient:
+    """Connect to the process that serves the pool; start it when there is none."""
+    if location.path is None:
+        raise ArgumentError("a pool on two devices cannot be served: mounting wants a pool in a directory")
+    return pool_client.serve(location.path)
+
+
+def _connect(location: Location) -> PoolClient | None:
+    return None if location.path is None else pool_client.connect(location.path)
 
 
 @contextmanager

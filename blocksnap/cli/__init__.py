@@ -6,7 +6,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from . import compare, device, doctor, pool
+from . import compare, container, device, doctor, image, pool
 from .console import WRONG_USAGE, run
 
 __all__ = ["app", "main"]
@@ -24,6 +24,8 @@ app.command("compare", no_args_is_help=False)(compare.compare)
 app.command("doctor")(doctor.doctor)
 app.add_typer(pool.app, name="pool")
 app.add_typer(device.app, name="device")
+app.add_typer(image.app, name="image")
+app.add_typer(container.app, name="container")
 
 _debug = False
 

@@ -1,5 +1,6 @@
 """Block-level snapshots: thin pools in user space, images on them, honest write amplification."""
 
+from . import drivers
 from .errors import (
     ArgumentError,
     BlocksnapError,
@@ -21,6 +22,7 @@ from .errors import (
     PrivilegeError,
     UnsafeLayerError,
 )
+from .graph import ImageGraph
 from .pool import Pool
 from .pool_report import DeviceUsage, PoolStatus
 from .thin_device import ThinDevice
@@ -38,6 +40,7 @@ __all__ = [
     "DeviceUsage",
     "DigestError",
     "ImageError",
+    "ImageGraph",
     "LayerExistsError",
     "LayerNotFoundError",
     "MediaTypeError",
@@ -52,6 +55,7 @@ __all__ = [
     "PrivilegeError",
     "ThinDevice",
     "UnsafeLayerError",
+    "drivers",
     "format_size",
     "parse_size",
 ]

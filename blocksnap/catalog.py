@@ -219,9 +219,12 @@ class Catalog:
     def recover(self, pool_transaction_id: int) -> None:
         """Finish or undo what a crash interrupted; PoolFormatError if the numbers do not belong together."""
         own = self.transaction_id
+        intended = self.intent()
+        if pool_transaction_id == own and not intended:
+            return
         if pool_transaction_id == own:
             self.undo()
-        elif pool_transaction_id == own + 1 and self.intent():
+        elif pool_transaction_id == own + 1 and intended:
             self.finish()
         else:
             raise PoolFormatError(

@@ -1,7 +1,7 @@
 """The library's front door: Pool and ThinDevice, by name, over an engine and a catalog that always agree."""
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
@@ -30,6 +30,7 @@ from .pool_files import (
     fully_allocated,
     grow_file,
     metadata_size_for,
+    whole_blocks,
     wipe_superblock,
 )
 from .pool_recovery import open_catalog
@@ -60,7 +61,10 @@ class Pool:
         self._transaction: Transaction | None = None
         self._transaction_thread = 0
         self._failed = False
-        self._read_only = engine.status().read_only
+        status = engine.status()
+        self._transaction_id = status.transaction_id
+        self._read_only = status.read_only
+        self._needs_check = status.needs_check
 
     # ---- making, opening, closing
 
@@ -98,7 +102,7 @@ class Pool:
                     )
                 data_bytes = backing_size(files.data) if size is None else parse_size(size)
             else:
-                data_bytes = _data_size(size, block_bytes)
+                data_bytes = whole_blocks(size, block_bytes)
                 metadata_bytes = _metadata_size(metadata_size, data_bytes, block_bytes)
                 # Reserved: a commit that finds no space for its metadata could only be taken back.
                 grow_file(files.metadata, metadata_bytes, reserve=True, preallocate=preallocate)
@@ -358,7 +362,10 @@ class Pool:
                 yield self._transaction
                 return
             self._require_writable()
-            transaction = Transaction(self._engine, self._catalog, self._table, self._close_handle)
+            transaction = Transaction(
+                self._engine, self._catalog, self._table, self._transaction_id, self._close_handle
+            )
+            transaction.begin()
             self._transaction, self._transaction_thread = transaction, threading.get_ident()
             try:
                 yield transaction
@@ -370,7 +377,14 @@ class Pool:
                 transaction.complete()
             finally:
                 self._transaction = None
+                self._transaction_id = transaction.transaction_id
                 self._failed = self._failed or not transaction.ended
+                self._forget_deleted(transaction.touched)
+
+    def _forget_deleted(self, device_ids: Collection[int]) -> None:
+        for device_id in device_ids:
+            if self._table.find(device_id) is None:
+                self._devices.pop(device_id, None)
 
     def _close_handle(self, device_id: int) -> None:
         device = self._devices.get(device_id)
@@ -386,12 +400,11 @@ class Pool:
                 yield self._files.metadata
                 return
             self._engine.commit()
-            transaction_id = self._engine.status().transaction_id
             self._engine.begin()
             try:
                 yield self._files.metadata
             finally:
-                self._engine.end(transaction_id, transaction_id)
+                self._engine.end(self._transaction_id, self._transaction_id)
 
     def _refuse_in_transaction(self, what: str) -> None:
         if self._transaction is not None and self._transaction_thread == threading.get_ident():
@@ -402,6 +415,10 @@ class Pool:
             raise NeedsCheckError(
                 f"pool {self._files} could not complete a transaction: close and open it, which repairs it"
             )
+        if self._needs_check:
+            raise NeedsCheckError(
+                f'pool {self._files} is read-only until it was checked: "blocksnap pool check"'
+            )
         if self._read_only:
             raise PrivilegeError(f"pool {self._files} is open read-only: open it for writing")
 
@@ -411,15 +428,6 @@ def _require_user_engine(engine: str) -> None:
         raise NotSupportedError('the kernel engine is not part of this version: use engine "user"')
     if engine != "user":
         raise ArgumentError(f'"{engine}" is no engine: use "user"')
-
-
-def _data_size(size: Size | None, block_size: int) -> int:
-    if size is None:
-        raise ArgumentError('give the size of the pool, like size="10G"')
-    size_bytes = parse_size(size)
-    if block_size == 0 or size_bytes < block_size:
-        raise ArgumentError(f"a pool of {size_bytes} bytes holds no block of {block_size} bytes: give more")
-    return size_bytes - size_bytes % block_size
 
 
 def _metadata_size(size: Size | None, data_bytes: int, block_size: int) -> int:

@@ -24,6 +24,7 @@ from .errors import (
     PoolFormatError,
     system_errors,
 )
+from .units import Size, parse_size
 
 __all__ = [
     "PathArgument",
@@ -34,6 +35,7 @@ __all__ = [
     "fully_allocated",
     "grow_file",
     "metadata_size_for",
+    "whole_blocks",
     "wipe_superblock",
 ]
 
@@ -240,6 +242,16 @@ def _fill_with_zeros(descriptor: int, begin: int, end: int, progress: Progress |
         if progress is not None:
             progress(offset - begin, end - begin)
     os.fsync(descriptor)
+
+
+def whole_blocks(size: Size | None, block_size: int) -> int:
+    """Return the size of the data of a new pool, rounded down to whole blocks; at least one."""
+    if size is None:
+        raise ArgumentError('give the size of the pool, like size="10G"')
+    size_bytes = parse_size(size)
+    if block_size == 0 or size_bytes < block_size:
+        raise ArgumentError(f"a pool of {size_bytes} bytes holds no block of {block_size} bytes: give more")
+    return size_bytes - size_bytes % block_size
 
 
 def metadata_size_for(data_bytes: int, block_size: int) -> int:

@@ -84,12 +84,17 @@ class DeviceTable:
 
 
 class Transaction:
-    """One transaction of a pool, begun when it is made; ended by exactly one of complete() and abort()."""
+    """One transaction of a pool: begin(), the operations, then exactly one of complete() and abort()."""
 
     def __init__(
-        self, engine: UserPool, catalog: Catalog, table: DeviceTable, close_handle: Callable[[int], None]
+        self,
+        engine: UserPool,
+        catalog: Catalog,
+        table: DeviceTable,
+        transaction_id: int,
+        close_handle: Callable[[int], None],
     ) -> None:
-        """close_handle closes the handle by which the pool's users reach a device, before that is deleted."""
+        """transaction_id is the pool's; close_handle closes the handle of a device before that is deleted."""
         self._engine = engine
         self._catalog = catalog
         self._table = table
@@ -101,8 +106,18 @@ class Transaction:
         self._shrinking: dict[int, UserDevice] = {}
         self._intended = False
         self.ended = False
-        self._id = engine.status().transaction_id
-        engine.begin()
+        self.transaction_id = transaction_id
+        self.touched: set[int] = set()
+
+    def begin(self) -> None:
+        try:
+            self._engine.begin()
+        except BaseException:
+            # An interrupt may come when the engine has begun already; if it has not, this does nothing.
+            with suppress(BlocksnapError):
+                self._engine.end(self.transaction_id, self.transaction_id)
+            self.ended = True
+            raise
 
     def create(
         self, name: str, size: int, labels: Mapping[str, str], origin: DeviceRecord | None = None
@@ -184,17 +199,18 @@ class Transaction:
 
     def _intend(self, operations: list[Operation]) -> int:
         if not operations:
-            return self._id
+            return self.transaction_id
         self._intended = True
         return self._catalog.intend(operations)
 
     def _end(self, new_id: int) -> None:
         for device_id in list(self._shrinking):
             self._let_go(device_id)
-        self._engine.end(self._id, new_id)
+        self._engine.end(self.transaction_id, new_id)
         self.ended = True
         self._table.keep()
-        if new_id != self._id:
+        if new_id != self.transaction_id:
+            self.transaction_id = new_id
             # The operation is whole without this; if it fails, the next intent or the next open does it.
             with suppress(BlocksnapError):
                 self._catalog.finish()
@@ -204,6 +220,7 @@ class Transaction:
         assert record is not None
         operation = Operation(action, record)
         self._operations.append(operation)
+        self.touched.add(record.id)
         self._table.change(before, after)
         return operation
 

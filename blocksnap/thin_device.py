@@ -95,8 +95,8 @@ class ThinDevice:
 
     def read(self, offset: int, length: int) -> bytes:
         """Return length bytes from offset on; holes read as zeros."""
-        if length < 0:
-            raise ArgumentError(f"length {length} is negative")
+        if not 0 <= length <= self.size:
+            raise ArgumentError(f'"{self.name}" has {self.size} bytes: a length of {length} cannot be read')
         buffer = bytearray(length)
         self.read_into(offset, buffer)
         return bytes(buffer)

@@ -1,9 +1,10 @@
 """The engine beside its peers, in one run on one backing: ratios and the figures behind them.
 
-    cmake -S csrc -B build/bench -DBLOCKSNAP_BENCH=ON -DCMAKE_BUILD_TYPE=Release && cmake --build build/bench
+    cmake -S csrc -B build/bench -DBLOCKSNAP_BENCH=ON -DCMAKE_BUILD_TYPE=Release
+    cmake --build build/bench
     python bench/side_by_side.py [--directory /dev/shm] [--json]
 
-Each line carries the bar that the project holds itself to. What is inside and outside each figure: bench/README.md.
+Each line carries the bar that the project holds itself to. What is inside and outside: bench/README.md.
 """
 
 import json
@@ -38,14 +39,27 @@ def run(*command: str | Path) -> str:
 
 
 def qcow2_first_writes(directory: Path, depth: int) -> float:
-    """Return first 4K writes a second to 64K clusters of an overlay over a full backing file, best of some rounds."""
+    """Return first 4K writes a second to 64K clusters over a full backing file, best of some rounds."""
     base, overlay = directory / "base.qcow2", directory / "overlay.qcow2"
     run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=65536", base, "512M")
     run("qemu-img", "bench", "-f", "qcow2", "-w", "-c", str(COPY_BLOCKS), "-s", "65536", "-S", "65536", base)
     best = 0.0
     for _ in range(ROUNDS):
         overlay.unlink(missing_ok=True)
-        run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", base, "-o", "cluster_size=65536", overlay)
+        run(
+            "qemu-img",
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-F",
+            "qcow2",
+            "-b",
+            base,
+            "-o",
+            "cluster_size=65536",
+            overlay,
+        )
         command = ["qemu-img", "bench", "-f", "qcow2", "-w", "-c", str(COPY_BLOCKS), "-d", str(depth)]
         text = run(*command, "-s", "4096", "-S", "65536", "-o", "8192", overlay)
         found = re.search(r"completed in ([0-9.]+) seconds", text)
@@ -77,15 +91,20 @@ def table_of(figures: list[dict[str, Any]]) -> Table:
         peer = f"{figure['peer']:,.0f}" if "peer" in figure else ""
         ratio = f"{figure['ratio']:.2f}" if "ratio" in figure else ""
         table.add_row(
-            figure["name"], f"{figure['ours']:,.1f}", peer, figure["unit"], ratio, BARS.get(figure["name"], "")
+            figure["name"],
+            f"{figure['ours']:,.1f}",
+            peer,
+            figure["unit"],
+            ratio,
+            BARS.get(figure["name"], ""),
         )
     return table
 
 
 def main(
-    directory: Annotated[Path, typer.Option(help="where the files go: 12 GiB, tmpfs shows the engine best")] = Path(
-        "/dev/shm"
-    ),
+    directory: Annotated[
+        Path, typer.Option(help="where the files go: 12 GiB, tmpfs shows the engine best")
+    ] = Path("/dev/shm"),
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Measure and print."""

@@ -15,7 +15,7 @@ _LETTERS = "KMGTPE"
 def parse_size(size: Size, what: str = "size") -> int:
     """Return a size in bytes.
 
-    Raises ArgumentError for anything that is not a whole, non-negative number of bytes; `what` names it there.
+    Raises ArgumentError for anything but a whole, non-negative number of bytes; `what` names it there.
     """
     if isinstance(size, int):
         if size < 0:
@@ -23,7 +23,9 @@ def parse_size(size: Size, what: str = "size") -> int:
         return size
     match = _PATTERN.match(size)
     if match is None:
-        raise ArgumentError(f'{what} "{size}" is not a size: give bytes or a number with K, M, G or T, like "64K"')
+        raise ArgumentError(
+            f'{what} "{size}" is not a size: give bytes or a number with K, M, G or T, like "64K"'
+        )
     number, letter = match.groups()
     unit = 1024 ** (_LETTERS.index(letter.upper()) + 1) if letter else 1
     value = float(number) * unit if "." in number else int(number) * unit
@@ -33,7 +35,7 @@ def parse_size(size: Size, what: str = "size") -> int:
 
 
 def format_size(size: int) -> str:
-    """Return the shortest exact spelling with a binary unit ("64K", "10G"), else one with a decimal ("1.5M")."""
+    """Return the shortest spelling with a binary unit: "64K", "10G", or with a decimal: "1.5M"."""
     value, letter = float(size), ""
     for step in _LETTERS:
         if abs(value) < 1024:

@@ -417,7 +417,8 @@ class Pool:
             )
         if self._needs_check:
             raise NeedsCheckError(
-                f'pool {self._files} is read-only until it was checked: "blocksnap pool check"'
+                f"pool {self._files} is read-only until it was checked:"
+                ' "blocksnap pool check --clear-needs-check"'
             )
         if self._read_only:
             raise PrivilegeError(f"pool {self._files} is open read-only: open it for writing")

@@ -219,6 +219,11 @@ class UserPool:
         paths = encode(fspath(metadata)), encode(fspath(data))
         check(lib.bs_pool_format(*paths, data_bytes, block_size))
 
+    @staticmethod
+    def clear_needs_check(metadata: str | PathLike[str]) -> None:
+        """Let a pool that nobody has open be written to again; the caller found its metadata undamaged."""
+        check(lib.bs_pool_clear_needs_check(encode(fspath(metadata))))
+
     @classmethod
     def open(
         cls,

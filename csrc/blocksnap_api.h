@@ -71,6 +71,9 @@ struct bs_mapping {
 int bs_pool_format(const char *metadata, const char *data, uint64_t data_bytes, uint64_t block_size);
 /* Open and lock. -EBUSY names the process that holds it. A pool with needs_check opens read-only. */
 int bs_pool_open(const char *metadata, const char *data, unsigned int flags, struct bs_pool **ret);
+/* Let the pool on a metadata device that no one has open be written to again. The caller has checked it and found it
+ * clean. */
+int bs_pool_clear_needs_check(const char *metadata);
 /* Commit (unless read-only or failed) and release. The handle is gone whatever is returned. -EBUSY while
  * devices are open: then nothing happened. */
 int bs_pool_close(struct bs_pool *pool);

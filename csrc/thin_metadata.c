@@ -392,6 +392,13 @@ int thin_metadata_abort(struct thin_metadata *md)
 	return r;
 }
 
+int thin_metadata_clear_needs_check(struct thin_metadata *md)
+{
+	md->flags &= ~SUPERBLOCK_NEEDS_CHECK;
+	md->superblock.flags = le32_of(md->flags);
+	return write_superblock(md);
+}
+
 int thin_metadata_set_transaction_id(struct thin_metadata *md, uint64_t current, uint64_t id)
 {
 	if (md->transaction_id != current)

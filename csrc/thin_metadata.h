@@ -58,6 +58,8 @@ int thin_metadata_commit(struct thin_metadata *md, uint64_t *ret_bytes);
 /* Back to the committed state, needs_check set there. Devices stay valid, those that are not there any more
  * are gone. */
 int thin_metadata_abort(struct thin_metadata *md);
+/* Let a pool that was found clean be written to again: at once on disk. */
+int thin_metadata_clear_needs_check(struct thin_metadata *md);
 int thin_metadata_set_transaction_id(struct thin_metadata *md, uint64_t current, uint64_t id);
 int thin_metadata_extend(struct thin_metadata *md, uint64_t nr_metadata_blocks, uint64_t nr_data_blocks);
 

@@ -169,6 +169,23 @@ int pool_open_on(struct io *metadata, struct io *data, unsigned int flags, struc
 	return r;
 }
 
+int bs_pool_clear_needs_check(const char *metadata)
+{
+	struct thin_metadata *md;
+	struct io *io;
+	int r = io_file_open(metadata, IO_LOCK, &io);
+
+	if (r < 0)
+		return r;
+	r = thin_metadata_open(io, &md);
+	if (r == 0) {
+		r = thin_metadata_clear_needs_check(md);
+		thin_metadata_close(md);
+	}
+	io_close(io);
+	return r;
+}
+
 int bs_pool_close(struct bs_pool *pool)
 {
 	if (!pool)

@@ -6,6 +6,7 @@ import pytest
 
 from blocksnap.pool import Pool
 from tests.command_line import CommandLine, command_line
+from tests.thin_image import seal_file
 from tests.thin_tools import needs_thin_tools, thin_tool
 
 __all__ = ["command_line"]
@@ -78,8 +79,8 @@ def test_status_shows_space_and_state(path: Path, command_line: CommandLine) -> 
     assert found["counters"]["application_bytes"] == 0
 
 
-def test_check_of_a_sound_pool_is_silent(path: Path, command_line: CommandLine) -> None:
-    assert command_line.text("pool", "check", path) == ""
+def test_check_of_a_sound_pool_says_so(path: Path, command_line: CommandLine) -> None:
+    assert command_line.text("pool", "check", path) == "2 thin devices, 10 mappings: no damage\n"
     found = command_line.json("pool", "check", path)
     assert (found["fatal"], found["leaks"], found["findings"]) == (0, 0, [])
     assert (found["devices"], found["mappings"]) == (2, 10)
@@ -100,7 +101,8 @@ def test_check_goes_on_past_damage_and_exits_3(path: Path, command_line: Command
     assert command_line("pool", "check", path) == 3
     lines = command_line.out.decode().splitlines()
     assert len(lines) > 1
-    assert all(line.split(":")[0] in ("fatal", "leak", "warning") for line in lines)
+    assert all(line.split(":")[0] in ("fatal", "leak", "warning") for line in lines[:-1])
+    assert "fatal findings" in lines[-1]
     assert command_line("pool", "check", path, "--json") == 3
     assert b'"severity": "fatal"' in command_line.out
 
@@ -112,6 +114,28 @@ def test_check_reads_a_pool_that_cannot_be_opened(path: Path, command_line: Comm
     command_line.fails(1, "pool", "status", path)
     assert command_line("pool", "check", path) == 3
     assert b"fatal" in command_line.out
+
+
+def test_a_pool_that_needs_a_check_is_writable_after_it(path: Path, command_line: CommandLine) -> None:
+    with (path / "metadata").open("r+b") as metadata:
+        metadata.seek(4)
+        metadata.write(b"\1")
+    seal_file(path / "metadata", 0, "superblock")
+    assert "--clear-needs-check" in command_line.fails(1, "device", "create", path, "new", "--size", "1M")
+    command_line.text("pool", "check", path)
+    assert command_line.json("pool", "status", path)["needs_check"]
+    command_line.text("pool", "check", path, "--clear-needs-check")
+    command_line.text("device", "create", path, "new", "--size", "1M")
+
+
+def test_a_damaged_pool_stays_in_need_of_a_check(path: Path, command_line: CommandLine) -> None:
+    damage(path)
+    with (path / "metadata").open("r+b") as metadata:
+        metadata.seek(4)
+        metadata.write(b"\1")
+    seal_file(path / "metadata", 0, "superblock")
+    assert command_line("pool", "check", path, "--clear-needs-check") == 3
+    assert (path / "metadata").read_bytes()[4] == 1
 
 
 @needs_thin_tools
@@ -184,5 +208,5 @@ def test_two_devices_instead_of_a_path(tmp_path: Path, command_line: CommandLine
     assert command_line.json("pool", "create", *where)["data_bytes"] == 8 << 20
     command_line.text("device", "create", "a", "--size", "1M", *where)
     assert [device["name"] for device in command_line.json("device", "list", *where)] == ["a"]
-    assert command_line.text("pool", "check", *where) == ""
+    assert command_line.text("pool", "check", *where) == "1 thin devices, 0 mappings: no damage\n"
     assert "no PATH" in command_line.fails(2, "pool", "status", tmp_path, *where)

@@ -14,6 +14,7 @@ from ..pool import Pool
 from ..pool_client import PoolClient
 from ..pool_report import PoolStatus
 from ..units import format_size
+from ..user_pool import UserPool
 from .console import DAMAGE_FOUND, JsonOption, parse_size_option, print_json, stdout
 from .pools import (
     CatalogOption,
@@ -143,17 +144,24 @@ def check(
     metadata: MetadataOption = None,
     data: DataOption = None,
     catalog: CatalogOption = None,
+    clear_needs_check: Annotated[
+        bool, typer.Option("--clear-needs-check", help="Let the pool be written to again if it is undamaged.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> int:
     """Check all metadata; print each finding; exit 3 on damage."""
     location, _ = locate([path], [], metadata, data, catalog)
     with open_image(location) as image:
         report = image.check()
+    if clear_needs_check and not report.damaged:
+        UserPool.clear_needs_check(location.files.metadata)
     if as_json:
         print_json({**asdict(report), "findings": [one._asdict() for one in report.findings]})
-    else:
-        for finding in report.findings:
-            typer.echo(finding)
+        return DAMAGE_FOUND if report.damaged else 0
+    for finding in report.findings:
+        typer.echo(finding)
+    damage = f"{report.fatal} fatal findings, {report.leaks} leaked blocks" if report.damaged else "no damage"
+    typer.echo(f"{report.devices} thin devices, {report.mappings} mappings: {damage}")
     return DAMAGE_FOUND if report.damaged else 0
 
 

@@ -106,6 +106,23 @@ def test_mounted_tree_is_the_one_that_umoci_unpacks(graph: ImageGraph, layout: P
         assert compare_trees(layout.parent / "unpacked" / "rootfs", root) == []
 
 
+def test_debian_image_is_mounted_as_umoci_unpacks_it(
+    graph: ImageGraph, debian_oci_layout: Path, debian_unpacked: Path
+) -> None:
+    image = graph.import_image(debian_oci_layout)
+    assert len(image.layers) == 3
+    with graph.container("debian", image) as root:
+        assert compare_trees(debian_unpacked, root) == []
+
+
+def test_debian_docker_archive_is_mounted_as_umoci_unpacks_it(
+    graph: ImageGraph, debian_docker_archive: Path, debian_unpacked: Path
+) -> None:
+    image = graph.import_image(debian_docker_archive)
+    with graph.container("debian", image) as root:
+        assert compare_trees(debian_unpacked, root) == []
+
+
 def test_docker_archive_is_the_same_image(graph: ImageGraph, layout: Path) -> None:
     first = graph.import_image(layout)
     second = graph.import_image(layout.parent / "docker.tar")

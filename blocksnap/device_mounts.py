@@ -18,6 +18,7 @@ from .dead_mounts import end_dead_export
 from .device_export import DeviceExport
 from .errors import ArgumentError, BlocksnapError, BusyError
 from .file_system import Fuse2fs, make_file_system
+from .mount_users import mount_users
 from .pool import Pool
 from .user_pool import UserDevice
 
@@ -25,7 +26,7 @@ __all__ = ["DeviceMount", "DeviceMounts"]
 
 _OPTIONS = {"ext4": "discard", "xfs": "discard,nouuid", "btrfs": "discard"}
 _DETACH_SECONDS = 5.0
-_END_SECONDS = 5.0
+_END_SECONDS = 3.0
 _RETRY_SECONDS = 0.05
 
 
@@ -57,10 +58,18 @@ class _Active:
         return any(entry.source == self.loop.path for entry in mount.mount_table())
 
     def unmount(self, *, lazy: bool) -> None:
-        if self.process is not None:
-            self.process.unmount(lazy=lazy)
-        else:
-            mount.unmount(self.shown.target, lazy=lazy)
+        try:
+            if self.process is not None:
+                self.process.unmount(lazy=lazy)
+            else:
+                mount.unmount(self.shown.target, lazy=lazy)
+        except BusyError:
+            users = mount_users(self.shown.target)
+            if not users:
+                raise
+            raise BusyError(
+                f"{self.shown.target} is in use by {', '.join(users[:3])}: end that first"
+            ) from None
 
     def written_bytes(self) -> int:
         return 0 if self.loop is None else self.loop.written_bytes() - self.written_before
@@ -108,8 +117,10 @@ class DeviceMounts:
         active = device.active if device is not None else None
         return active.shown if active is not None else None
 
-    def written_bytes(self, name: str) -> int:
-        """Return what file systems on a device wrote to their loop devices, as far as this process knows."""
+    def written_bytes(self, name: str) -> int | None:
+        """Return what file systems on a device wrote to their loop devices, None without loop devices."""
+        if os.geteuid() != 0:
+            return None
         device = self._device(name)
         with device.lock:
             return device.written + (device.active.written_bytes() if device.active else 0)
@@ -136,13 +147,13 @@ class DeviceMounts:
                 )
             return device.active.shown
 
-    def umount(self, name: str, *, lazy: bool = False) -> None:
+    def umount(self, name: str) -> None:
         """Unmount a device. BusyError while it is in use, ArgumentError when it is not mounted."""
         device = self._device(name)
         with device.lock:
             if device.active is None:
                 raise ArgumentError(f'thin device "{name}" is not mounted')
-            self._deactivate(name, device, lazy=lazy)
+            self._deactivate(name, device)
 
     def make_file_system(self, name: str, kind: str) -> None:
         """Make a file system on a device that is not mounted."""
@@ -185,18 +196,24 @@ class DeviceMounts:
             if device is not None and device.active is None:
                 del self._devices[name]
 
-    def forget_ended(self) -> None:
-        """Let go of devices that somebody has unmounted behind our back."""
+    def forget_ended(self) -> bool:
+        """Let go of devices that somebody has unmounted behind our back; False if one is still in use."""
+        settled = True
         for name, device in list(self._devices.items()):
-            with device.lock, suppress(BlocksnapError):
-                self._forget_ended(name, device)
+            with device.lock:
+                try:
+                    self._forget_ended(name, device, 0)
+                except BlocksnapError:
+                    settled = False
+        return settled
 
     def close(self) -> None:
         """Unmount everything; what stays in use is written back and taken out of sight."""
+        deadline = time.monotonic() + _END_SECONDS
         for name, device in list(self._devices.items()):
             with device.lock, suppress(BlocksnapError):
                 if device.active is not None:
-                    self._end(name, device)
+                    self._end(name, device, deadline)
         if self._export is not None:
             self._export.stop()
             self._export = None
@@ -257,7 +274,9 @@ class DeviceMounts:
             stack.pop_all()
             return active
 
-    def _deactivate(self, name: str, device: _Device, *, lazy: bool = False) -> None:
+    def _deactivate(
+        self, name: str, device: _Device, *, lazy: bool = False, patience: float = _DETACH_SECONDS
+    ) -> None:
         """Undo _activate; after a failure the rest can be done later."""
         active = device.active
         assert active is not None
@@ -265,18 +284,17 @@ class DeviceMounts:
             active.unmount(lazy=lazy)
             device.written += active.take_written_bytes()
         if active.loop is not None:
-            active.loop.detach(_DETACH_SECONDS)
+            active.loop.detach(patience)
         self._hide(name)
         active.handle.close()
         device.active = None
 
-    def _forget_ended(self, name: str, device: _Device) -> None:
+    def _forget_ended(self, name: str, device: _Device, patience: float = _DETACH_SECONDS) -> None:
         if device.active is not None and not device.active.is_mounted():
-            self._deactivate(name, device)
+            self._deactivate(name, device, patience=patience)
 
-    def _end(self, name: str, device: _Device) -> None:
+    def _end(self, name: str, device: _Device, deadline: float) -> None:
         assert device.active is not None
-        deadline = time.monotonic() + _END_SECONDS
         while True:
             try:
                 self._deactivate(name, device)
@@ -287,4 +305,4 @@ class DeviceMounts:
                 time.sleep(_RETRY_SECONDS)
         with suppress(BlocksnapError):
             mount.sync_filesystem(device.active.shown.target)
-        self._deactivate(name, device, lazy=True)
+        self._deactivate(name, device, lazy=True, patience=0)

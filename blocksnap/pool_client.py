@@ -16,9 +16,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Self
 
 import numpy as np
@@ -31,115 +29,16 @@ from .pool_files import PathArgument, PoolFiles, Progress
 from .pool_protocol import PAYLOAD_BYTES, VERSION, Message, error_from, receive, send, socket_address
 from .pool_report import REVERSE_MAPPING, DeviceUsage, PoolStatus
 from .pool_service import mount_namespace
+from .remote_device import DeviceDescription, RemoteDevice
 from .thin_device import parse_device_size, require_name
 from .units import Size, parse_size
-from .user_pool import Buffer, PoolCounters
+from .user_pool import PoolCounters
 
 __all__ = ["PoolClient", "RemoteDevice", "connect", "serve"]
 
-_FREEZE_SECONDS = 10.0
 _START_SECONDS = 10.0
 _RETRY_SECONDS = 0.02
 _MAX_LOG = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class _Description:
-    name: str
-    id: int
-    size: int
-    origin: str | None
-    created: int
-    labels: Mapping[str, str]
-
-
-class RemoteDevice:
-    """A thin device of a served pool."""
-
-    def __init__(self, pool: "PoolClient", description: _Description) -> None:
-        self._pool = pool
-        self._description = description
-
-    def __repr__(self) -> str:
-        return f"<RemoteDevice {self.name!r} id {self.id}>"
-
-    @property
-    def name(self) -> str:
-        return self._description.name
-
-    @property
-    def id(self) -> int:
-        return self._description.id
-
-    @property
-    def size(self) -> int:
-        """Size in bytes."""
-        return self._description.size
-
-    @property
-    def origin(self) -> str | None:
-        return self._description.origin
-
-    @property
-    def created(self) -> int:
-        """Time of creation in nanoseconds since 1970."""
-        return self._description.created
-
-    @property
-    def labels(self) -> Mapping[str, str]:
-        return MappingProxyType(dict(self._description.labels))
-
-    def read(self, offset: int, length: int) -> bytes:
-        """Return length bytes from offset on; holes read as zeros."""
-        buffer = bytearray(length)
-        self.read_into(offset, buffer)
-        return bytes(buffer)
-
-    def read_into(self, offset: int, buffer: Buffer) -> int:
-        """Fill a writable buffer from offset on; return the number of bytes."""
-        view = memoryview(buffer).cast("B")
-        for begin in range(0, len(view), PAYLOAD_BYTES):
-            part = view[begin : begin + PAYLOAD_BYTES]
-            part[:] = self._pool._ask("read", name=self.name, offset=offset + begin, length=len(part)).payload
-        return len(view)
-
-    def write(self, offset: int, buffer: Buffer) -> int:
-        """Write a buffer at offset; return the number of bytes."""
-        view = memoryview(buffer).cast("B")
-        for begin in range(0, len(view), PAYLOAD_BYTES):
-            part = view[begin : begin + PAYLOAD_BYTES]
-            self._pool._ask("write", name=self.name, offset=offset + begin, payload=part)
-        return len(view)
-
-    def discard(self, offset: int, length: int) -> None:
-        self._pool._ask("discard", name=self.name, offset=offset, length=length)
-
-    def flush(self) -> None:
-        self._pool._ask("flush", name=self.name)
-
-    def resize(self, size: Size) -> None:
-        self._pool._ask("resize", name=self.name, size=parse_device_size(size))
-        self._description = self._pool._describe(self.name)
-
-    def snapshot(
-        self, name: str, *, labels: Mapping[str, str] | None = None, freeze_timeout: float = _FREEZE_SECONDS
-    ) -> "RemoteDevice":
-        """Create a device that shares every block with this one; a mounted file system is frozen meanwhile.
-
-        DeviceIOError (ETIMEDOUT) when it could not be frozen within freeze_timeout seconds.
-        """
-        require_name(name)
-        made = self._pool._ask(
-            "snapshot", name=self.name, new=name, labels=dict(labels or {}), freeze_timeout=freeze_timeout
-        )
-        return self._pool._device(made.body["result"])
-
-    def set_labels(self, labels: Mapping[str, str]) -> None:
-        self._pool._ask("set_labels", name=self.name, labels=dict(labels))
-        self._description = self._pool._describe(self.name)
-
-    def delete(self) -> None:
-        self._pool._ask("delete", name=self.name)
 
 
 class PoolClient:
@@ -186,23 +85,23 @@ class PoolClient:
 
     def devices(self) -> list[RemoteDevice]:
         """Return every thin device by name."""
-        return [self._device(described) for described in self._ask("devices").body["result"]]
+        return [self._device(described) for described in self.ask("devices").body["result"]]
 
     def device(self, name: str) -> RemoteDevice:
         """Return a thin device; DeviceNotFoundError if there is none of that name."""
-        return RemoteDevice(self, self._describe(name))
+        return RemoteDevice(self, self.describe(name))
 
     def create_device(
         self, name: str, size: Size, *, labels: Mapping[str, str] | None = None
     ) -> RemoteDevice:
         """Create a thin device that reads as zeros and takes no space until it is written to."""
         require_name(name)
-        made = self._ask("create_device", name=name, size=parse_device_size(size), labels=dict(labels or {}))
+        made = self.ask("create_device", name=name, size=parse_device_size(size), labels=dict(labels or {}))
         return self._device(made.body["result"])
 
     def commit(self) -> None:
         """Make everything written so far durable, in one commit for all devices."""
-        self._ask("commit")
+        self.ask("commit")
 
     def extend(
         self,
@@ -217,46 +116,46 @@ class PoolClient:
             "size": None if size is None else parse_size(size),
             "metadata_size": None if metadata_size is None else parse_size(metadata_size, "metadata size"),
         }
-        self._ask("extend", progress=progress, preallocate=preallocate, **sizes)
+        self.ask("extend", progress=progress, preallocate=preallocate, **sizes)
 
     def status(self) -> PoolStatus:
         """Return sizes, numbers, flags and byte counters of the pool."""
-        found = self._ask("status").body["result"]
+        found = self.ask("status").body["result"]
         return PoolStatus(**{**found, "counters": PoolCounters(**found["counters"])})
 
     def usage(self) -> list[DeviceUsage]:
         """Return the mapped, exclusive and shared bytes of every thin device, by name."""
-        return [DeviceUsage(**one) for one in self._ask("usage").body["result"]]
+        return [DeviceUsage(**one) for one in self.ask("usage").body["result"]]
 
     def delta(self, left: RemoteDevice | str, right: RemoteDevice | str) -> NDArray[np.void]:
         """Return where two devices differ, as Pool.delta does."""
-        found = self._ask("delta", left=_name(left), right=_name(right))
+        found = self.ask("delta", left=_name(left), right=_name(right))
         return np.frombuffer(found.payload, DELTA_RANGE)
 
     def reverse_mappings(self, begin: int = 0, end: int | None = None) -> NDArray[np.void]:
         """Return who uses the data blocks from begin to before end, as Pool.reverse_mappings does."""
-        return np.frombuffer(self._ask("reverse_mappings", begin=begin, end=end).payload, REVERSE_MAPPING)
+        return np.frombuffer(self.ask("reverse_mappings", begin=begin, end=end).payload, REVERSE_MAPPING)
 
     def write_delta(self, left: RemoteDevice | str, right: RemoteDevice | str, output: int) -> None:
         """Write to a file descriptor what `thin_delta` prints for two devices."""
         with _regular_file(output) as file:
-            self._ask("write_delta", descriptor=file, left=_name(left), right=_name(right))
+            self.ask("write_delta", descriptor=file, left=_name(left), right=_name(right))
 
     def dump(self, output: int) -> None:
         """Write to a file descriptor what `thin_dump` prints."""
         with _regular_file(output) as file:
-            self._ask("dump", descriptor=file)
+            self.ask("dump", descriptor=file)
 
     def check(self) -> CheckReport:
         """Prove every invariant of the metadata and recompute all counts."""
-        found = self._ask("check").body["result"]
+        found = self.ask("check").body["result"]
         return CheckReport(**{**found, "findings": tuple(Finding(*each) for each in found["findings"])})
 
     # ---- what only a served pool can do
 
     def mounts(self) -> list[DeviceMount]:
         """Return what is mounted, by device."""
-        return [DeviceMount(**one) for one in self._ask("mounts").body["result"]]
+        return [DeviceMount(**one) for one in self.ask("mounts").body["result"]]
 
     def mount(
         self, device: RemoteDevice | str, target: PathArgument, *, read_only: bool = False, options: str = ""
@@ -265,7 +164,7 @@ class PoolClient:
 
         A device that is mounted there already stays as it is; BusyError when it is mounted elsewhere.
         """
-        done = self._ask(
+        done = self.ask(
             "mount",
             name=_name(device),
             target=os.path.abspath(target),
@@ -275,31 +174,29 @@ class PoolClient:
         )
         return DeviceMount(**done.body["result"])
 
-    def umount(self, device: RemoteDevice | str, *, lazy: bool = False) -> None:
-        """Unmount a device; lazy takes it out of sight and ends it with its last user."""
-        self._ask("umount", name=_name(device), lazy=lazy)
+    def umount(self, device: RemoteDevice | str) -> None:
+        """Unmount a device. BusyError names who uses it, ArgumentError says that it is not mounted."""
+        self.ask("umount", name=_name(device))
 
     def make_file_system(self, device: RemoteDevice | str, kind: str = "ext4") -> None:
         """Make an empty file system on a device: all that was on it is lost."""
-        self._ask("make_file_system", name=_name(device), kind=kind)
+        self.ask("make_file_system", name=_name(device), kind=kind)
 
-    def figures(self, device: RemoteDevice | str) -> dict[str, int] | None:
+    def figures(self, device: RemoteDevice | str) -> dict[str, Any] | None:
         """Return the bytes that the pool wrote since a device was made, None if it is older than the server.
 
-        filesystem_bytes are those of the device's own file system, the rest is of the whole pool.
+        filesystem_bytes are those of the device's own file system (None without root), the rest is of the
+        whole pool.
         """
-        found: dict[str, int] | None = self._ask("figures", name=_name(device)).body["result"]
+        found: dict[str, Any] | None = self.ask("figures", name=_name(device)).body["result"]
         return found
 
-    # ---- how
+    # ---- what the devices ask for
 
-    def _device(self, described: dict[str, Any]) -> RemoteDevice:
-        return RemoteDevice(self, _Description(**described))
+    def describe(self, name: str) -> DeviceDescription:
+        return DeviceDescription(**self.ask("device", name=name).body["result"])
 
-    def _describe(self, name: str) -> _Description:
-        return _Description(**self._ask("device", name=name).body["result"])
-
-    def _ask(
+    def ask(
         self,
         verb: str,
         *,
@@ -308,6 +205,7 @@ class PoolClient:
         progress: Progress | None = None,
         **arguments: Any,
     ) -> Message:
+        """Send a request and return the answer; raise the error that the server answers with."""
         with self._lock, self._named_loss():
             if self.closed:
                 raise ArgumentError(
@@ -321,6 +219,11 @@ class PoolClient:
                 if progress is not None:
                     progress(*answer.body["progress"])
 
+    # ---- how
+
+    def _device(self, described: dict[str, Any]) -> RemoteDevice:
+        return RemoteDevice(self, DeviceDescription(**described))
+
     def _next(self) -> Message:
         answer = receive(self._connection)
         if answer is None:
@@ -333,8 +236,13 @@ class PoolClient:
     def _named_loss(self) -> Iterator[None]:
         try:
             yield
-        except (ConnectionError, TimeoutError):
+        except BlocksnapError:
+            raise
+        except BaseException as error:
+            # After an interruption half an answer may be on its way.
             self._connection.close()
+            if not isinstance(error, ConnectionError):
+                raise
             raise DeviceIOError(
                 f"the server of pool {self.path} (process {self.server_pid}) has ended:"
                 f" see {_log_path(self.path)}"

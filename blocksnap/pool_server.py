@@ -25,9 +25,10 @@ from .pool_service import VERBS, Answer, PoolService
 
 __all__ = ["PoolServer", "main"]
 
-_LOCK_SECONDS = 5.0
+_LOCK_SECONDS = 2.0
 _LOCK_RETRY_SECONDS = 0.05
 _FAREWELL_SECONDS = 30.0
+_RETRY_MILLISECONDS = 500
 _WITH_PAYLOAD = frozenset(("write",))
 _WITH_OUTPUT = frozenset(("write_delta", "dump"))
 _WITH_PROGRESS = frozenset(("extend",))
@@ -87,13 +88,15 @@ class PoolServer:
         poll = select.poll()
         poll.register(self._listener, select.POLLIN)
         poll.register(self._wake_read, select.POLLIN)
+        patience = None
         with open("/proc/self/mountinfo", "rb") as table:
             if not self._connections:
                 poll.register(table, select.POLLPRI)
-                self._mounts.forget_ended()
+                if not self._mounts.forget_ended():
+                    patience = _RETRY_MILLISECONDS
                 if self._is_over():
                     return
-            ready = dict(poll.poll())
+            ready = dict(poll.poll(patience))
         with suppress(BlockingIOError):
             while self._wake_read.recv(4096):
                 pass

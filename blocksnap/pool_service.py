@@ -168,8 +168,8 @@ class PoolService:
             )
         return asdict(self._mounts.mount(name, Path(target), read_only=read_only, options=options))
 
-    def umount(self, name: str, lazy: bool) -> None:
-        self._mounts.umount(name, lazy=lazy)
+    def umount(self, name: str) -> None:
+        self._mounts.umount(name)
 
     def make_file_system(self, name: str, kind: str) -> None:
         self._mounts.make_file_system(name, kind)

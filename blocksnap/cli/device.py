@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ..errors import system_errors
 from ..file_system import FILE_SYSTEMS
-from ..pool_client import RemoteDevice
+from ..remote_device import RemoteDevice
 from ..thin_device import ThinDevice
 from ..units import format_size
 from .console import JsonOption, parse_size_option, print_json, stdout
@@ -239,10 +239,6 @@ def mount(
 def umount(
     path: PathArgument = None,
     name: NameArgument = None,
-    lazy: Annotated[
-        bool,
-        typer.Option("--lazy", help="Take it out of sight although it is in use: its last user ends it."),
-    ] = False,
     metadata: MetadataOption = None,
     data: DataOption = None,
     catalog: CatalogOption = None,
@@ -250,4 +246,4 @@ def umount(
     """Unmount a thin device; done means that everything is written."""
     location, (device_name,) = locate([path, name], ["NAME"], metadata, data, catalog)
     with serve_pool(location) as pool:
-        pool.umount(device_name, lazy=lazy)
+        pool.umount(device_name)

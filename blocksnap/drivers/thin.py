@@ -19,7 +19,8 @@ from ..errors import ArgumentError, BlocksnapError, DeviceNotFoundError
 from ..file_system import FILE_SYSTEMS, find_program
 from ..metadata import DELTA_LEFT_ONLY
 from ..pool import Pool
-from ..pool_client import PoolClient, RemoteDevice
+from ..pool_client import PoolClient
+from ..remote_device import RemoteDevice
 from ..units import Size, format_size, parse_size
 from .base import Accounting, Driver, check_id, is_root
 from .directory import backing_filesystem

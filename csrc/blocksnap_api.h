@@ -215,3 +215,113 @@ void bs_export_stop(struct bs_export *export_);
 /* Open path with the directory root as the file system's root, whatever symlinks and ".." are on the way;
  * flags are open(2)'s without O_CREAT, O_CLOEXEC is added. Returns a descriptor. Needs no privilege. */
 int bs_open_in_root(int root, const char *path, int flags);
+
+/* ---- device-mapper (dm_ioctl.c, dm_guard.c) ---- */
+
+/* The descriptor of /dev/mapper/control that every call takes; the caller closes it. Flags have the kernel's
+ * values (linux/dm-ioctl.h). A device is looked up by its uuid, and by its name if uuid is NULL; messages call
+ * it by its name. No call ever touches a device that it was not given. */
+
+#define BS_DM_READ_ONLY 0x1
+#define BS_DM_SUSPENDED 0x2
+#define BS_DM_TABLE 0x10           /* in bs_dm_lines: the table instead of the status */
+#define BS_DM_LIVE 0x20            /* has a live table */
+#define BS_DM_PENDING 0x40         /* has a table that the next resume makes live */
+#define BS_DM_SKIP_LOCKFS 0x400    /* suspend without freezing the file system above */
+#define BS_DM_NOFLUSH 0x800        /* suspend without completing queued I/O; status without a commit */
+#define BS_DM_QUERY_PENDING 0x1000 /* lines and dependencies of the pending table */
+#define BS_DM_UEVENT_GENERATED 0x2000
+#define BS_DM_DEFERRED_REMOVE 0x20000
+#define BS_DM_INTERNAL_SUSPEND 0x40000
+
+/* device is a dev_t. */
+struct bs_dm_info {
+	char name[128];
+	char uuid[129];
+	uint64_t device;
+	uint32_t flags;
+	int32_t open_count;
+	uint32_t event_nr;
+	uint32_t target_count;
+};
+
+/* uuid is empty if there is none, or if the kernel (before 5.13) does not tell it in lists. */
+struct bs_dm_entry {
+	char name[128];
+	char uuid[129];
+	uint64_t device;
+	uint32_t event_nr;
+};
+
+struct bs_dm_target_version {
+	char name[128];
+	uint32_t version[3];
+};
+
+/* A line of a table. */
+struct bs_dm_target {
+	uint64_t start_sector;
+	uint64_t length_sectors;
+	const char *type;
+	const char *parameters;
+};
+
+/* Open /dev/mapper/control, close-on-exec; returns the descriptor. */
+int bs_dm_open(void);
+/* The kernel's version of the interface. */
+int bs_dm_version(int control, uint32_t version[3]);
+/* Every device of the machine; returns the number (even if more than capacity; then only capacity are
+ * written). */
+int bs_dm_devices(int control, struct bs_dm_entry *out, int capacity);
+/* Every target that the kernel has loaded; returns like bs_dm_devices. */
+int bs_dm_target_versions(int control, struct bs_dm_target_version *out, int capacity);
+/* One target's version; the kernel loads its module. -EOPNOTSUPP if there is none. */
+int bs_dm_target_version(int control, const char *type, struct bs_dm_target_version *ret);
+
+/* A device without a table. Names: 1 to 127 of [A-Za-z0-9+_.-], not starting with '.' or '-'; uuids: 1 to 128
+ * of the same and ':', or NULL. -EBUSY if one of them is taken. */
+int bs_dm_create(int control, const char *name, const char *uuid, struct bs_dm_info *ret);
+/* flags: BS_DM_DEFERRED_REMOVE removes at the last close. A cookie of 0 is none. -EBUSY while it is open. */
+int bs_dm_remove(int control, const char *name, const char *uuid, unsigned int flags, uint32_t cookie,
+	struct bs_dm_info *ret);
+/* The kernel renames by name only: ask for the uuid first. */
+int bs_dm_rename(int control, const char *name, const char *new_name, uint32_t cookie);
+/* flags: BS_DM_SKIP_LOCKFS, BS_DM_NOFLUSH. Waits for the I/O under way. -EINTR if a signal came first; the
+ * device is then as before. */
+int bs_dm_suspend(
+	int control, const char *name, const char *uuid, unsigned int flags, struct bs_dm_info *ret);
+/* Make a pending table live and let I/O go on. If the target refuses, the device stays suspended with the new
+ * table: load a good one and resume again. */
+int bs_dm_resume(int control, const char *name, const char *uuid, unsigned int flags, uint32_t cookie,
+	struct bs_dm_info *ret);
+/* Load a pending table: lines from sector 0 on, without gaps. flags: BS_DM_READ_ONLY. */
+int bs_dm_load(int control, const char *name, const char *uuid, const struct bs_dm_target *targets, int count,
+	unsigned int flags, struct bs_dm_info *ret);
+/* Drop the pending table. */
+int bs_dm_clear(int control, const char *name, const char *uuid, struct bs_dm_info *ret);
+int bs_dm_info(int control, const char *name, const char *uuid, struct bs_dm_info *ret);
+/* The devices (dev_t) below a device; returns like bs_dm_devices. flags: BS_DM_QUERY_PENDING. */
+int bs_dm_dependencies(
+	int control, const char *name, const char *uuid, unsigned int flags, uint64_t *out, int capacity);
+/* The status of each target, or with BS_DM_TABLE its table, each as "START LENGTH TYPE TEXT" with a NUL behind
+ * it. Returns the bytes that this takes; nothing is written if they are more than capacity. Without
+ * BS_DM_NOFLUSH a thin pool commits first. */
+int bs_dm_lines(int control, const char *name, const char *uuid, unsigned int flags, char *out, int capacity,
+	struct bs_dm_info *ret);
+/* Wait until the device's event counter is not event_nr; info as it is then. -EINTR if a signal came first. */
+int bs_dm_wait(int control, const char *name, const char *uuid, uint32_t event_nr, struct bs_dm_info *ret);
+/* From now on poll(2) on the descriptor reports only events that come later. */
+int bs_dm_arm_poll(int control);
+/* Send a message to the target at a sector. Returns the length of its answer, 0 if there is none; at most
+ * capacity - 1 bytes of it are written, and a NUL. */
+int bs_dm_message(int control, const char *name, const char *uuid, uint64_t sector, const char *message,
+	char *out, int capacity);
+
+struct bs_dm_guard;
+
+/* Suspend like bs_dm_suspend, in a guard process that resumes the device when this process ends, by whatever
+ * signal. If it takes longer than timeout_ms it is given up, undone once it is through, and -ETIMEDOUT. */
+int bs_dm_guard_suspend(
+	const char *name, const char *uuid, unsigned int flags, int timeout_ms, struct bs_dm_guard **ret);
+/* Resume and free the guard. Fails like bs_dm_resume. */
+int bs_dm_guard_resume(struct bs_dm_guard *guard);

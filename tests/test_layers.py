@@ -15,6 +15,8 @@ PYTHON_LAYERS = [
     {"units"},
     {"_blocksnap"},
     {"_native"},
+    {"dm_target"},
+    {"dm_control"},
     {"mount", "metadata", "archive", "device_mapper", "udev"},
     {"file_system", "mount_users"},
     {"dead_mounts"},
@@ -55,6 +57,7 @@ C_LAYERS = [
     {"thin_check", "thin_delta", "thin_dump", "thin_usage"},
     {"map_cache"},
     {"engine"},
+    {"dm_reply"},
     {"fuse_export", "mount", "loop", "confined", "dm_ioctl", "cow_model"},
 ]
 # One concept in several files, with a header of their own between them.
@@ -64,6 +67,7 @@ C_PARTS = {
     "thin_check_devices": "thin_check",
     "thin_check_space": "thin_check",
     "thin_check_tree": "thin_check",
+    "dm_guard": "dm_ioctl",
     "data_io": "engine",
     "thin_commit": "engine",
     "thin_io": "engine",

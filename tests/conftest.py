@@ -10,6 +10,12 @@ from tests.images import (
     small_oci_layout,
     small_unpacked,
 )
+from tests.kernel.plugin import (
+    pytest_addoption,
+    pytest_configure,
+    pytest_runtest_protocol,
+    pytest_sessionfinish,
+)
 from tests.layer_roots import layer_root, users_root
 from tests.layouts import layout
 
@@ -20,6 +26,10 @@ __all__ = [
     "image_cache",
     "layer_root",
     "layout",
+    "pytest_addoption",
+    "pytest_configure",
+    "pytest_runtest_protocol",
+    "pytest_sessionfinish",
     "small_docker_archive",
     "small_oci_archive",
     "small_oci_layout",

@@ -1,0 +1,152 @@
+"""Runs kernel tests in a guest (user_mode.py), one boot for all of a session, and reports each as its own.
+
+Kernel tests are those below tests/kernel/guest and those marked `kernel`. With --kernel=host they run on this
+machine's own device-mapper instead. A second pytest runs in the guest, with `reporter` as its voice.
+"""
+
+import json
+import os
+import queue
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.kernel.user_mode import Guest, missing
+
+GUEST_TESTS = Path(__file__).resolve().parent / "guest"
+SECONDS_A_TEST = 120
+_SILENCE = SECONDS_A_TEST + 30
+_BOOTS = 3
+SUFFIX = "-blocksnap-test"
+
+__all__ = [
+    "pytest_addoption",
+    "pytest_configure",
+    "pytest_runtest_protocol",
+    "pytest_sessionfinish",
+]
+
+
+class _Died(Exception):
+    """The guest ended, or said nothing for too long, in the middle of a test."""
+
+
+class GuestSession:
+    """The kernel tests of a session, in their order, and the guest that runs them."""
+
+    def __init__(self, items: list[pytest.Item]) -> None:
+        self._items = items
+        self._lack = missing()
+        self._guest: Guest | None = None
+        self._boots = 0
+
+    def reports(self, item: pytest.Item) -> Iterator[pytest.TestReport]:
+        """Yield the reports of one test, the first of which boots the guest."""
+        if self._lack:
+            yield _report(item, "skipped", f"needs {self._lack}, or --kernel=host")
+            return
+        try:
+            yield from self._run(item)
+        except _Died as death:
+            yield _report(item, "failed", str(death))
+
+    def _run(self, item: pytest.Item) -> Iterator[pytest.TestReport]:
+        guest = self._guest or self._boot(item)
+        while True:
+            try:
+                line = guest.reports.get(timeout=_SILENCE)
+            except queue.Empty:
+                raise self._death(f"no answer for {_SILENCE} s") from None
+            if line is None:
+                raise self._death("the guest ended in this test")
+            data = json.loads(line)
+            if data.get("nodeid") != item.nodeid:
+                raise self._death(f"{data.get('nodeid')} answered instead of {item.nodeid}")
+            if data["$report_type"] == "finished":
+                return
+            report = item.config.hook.pytest_report_from_serializable(config=item.config, data=data)
+            assert isinstance(report, pytest.TestReport)
+            yield report
+
+    def _boot(self, first: pytest.Item) -> Guest:
+        if self._boots == _BOOTS:
+            raise _Died(f"not run: the guest died {_BOOTS} times")
+        self._boots += 1
+        items = self._items[self._items.index(first) :]
+        wanted = [item.nodeid for item in items]
+        files = list(dict.fromkeys(str(item.path) for item in items))
+        command = [sys.executable, "-m", "pytest", "--kernel=host", "-p", "tests.kernel.reporter"]
+        command += ["-p", "no:cacheprovider", "--basetemp=/dev/shm/pytest", f"--timeout={SECONDS_A_TEST}"]
+        self._guest = Guest(
+            [*command, *files],
+            environment={
+                "BLOCKSNAP_KERNEL_TESTS": "/run/host/tests",
+                "PYTHONDONTWRITEBYTECODE": "1",
+                "PYTHONPATH": str(first.config.rootpath),
+            },
+            files={"tests": json.dumps(wanted)},
+        )
+        return self._guest
+
+    def _death(self, what: str) -> _Died:
+        assert self._guest is not None
+        guest, self._guest = self._guest, None
+        if guest.running:
+            guest.kill()
+        message = f"{what}\n--- its console\n{guest.console()}\n--- its output\n{guest.output()[-4000:]}"
+        guest.close()
+        return _Died(message)
+
+    def close(self) -> None:
+        if self._guest is not None:
+            self._guest.close()
+
+
+def _report(item: pytest.Item, outcome: Any, text: str) -> pytest.TestReport:
+    path, line, _ = item.location
+    longrepr: Any = (path, line or 0, f"Skipped: {text}") if outcome == "skipped" else text
+    return pytest.TestReport(item.nodeid, item.location, {}, outcome, longrepr, "call")
+
+
+def _is_kernel_test(item: pytest.Item) -> bool:
+    return GUEST_TESTS in item.path.parents or item.get_closest_marker("kernel") is not None
+
+
+_session = pytest.StashKey[GuestSession]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.getgroup("blocksnap").addoption(
+        "--kernel",
+        choices=("guest", "host"),
+        default="guest",
+        help="where kernel tests run: in a user-mode kernel (the default) or on this machine's device-mapper",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "kernel: needs a kernel with device-mapper, see tests/kernel")
+    if config.getoption("--kernel") == "host":
+        os.environ["BLOCKSNAP_DEVICE_SUFFIX"] = SUFFIX
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+    if item.config.getoption("--kernel") == "host" or not _is_kernel_test(item):
+        return None
+    stash = item.session.stash
+    if _session not in stash:
+        stash[_session] = GuestSession([other for other in item.session.items if _is_kernel_test(other)])
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    for report in stash[_session].reports(item):
+        item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if _session in session.stash:
+        session.stash[_session].close()

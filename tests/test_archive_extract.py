@@ -3,7 +3,6 @@
 import io
 import os
 import stat
-import subprocess
 import tarfile
 from pathlib import Path
 
@@ -261,51 +260,6 @@ def test_a_tree_deeper_than_any_path_is_removed(layer_root: Path) -> None:
     os.close(descriptor)
     apply(layer_root, file(b".wh." + level.encode()))
     assert os.listdir(layer_root) == []
-
-
-@needs_root
-def test_overlay_style_makes_overlays_marks(layer_root: Path) -> None:
-    layer = tar(
-        file(b".wh.gone"),
-        file(b".wh.replaced"), file(b"replaced/new", b"x"),
-        file(b".wh.again"), directory(b"again"),
-        file(b"back", b"x"), file(b".wh.back"),
-        directory(b"d"), file(b"d/.wh..wh..opq"),
-        directory(b"late"), file(b".wh.late"),
-    )  # fmt: skip
-    apply_layer(io.BytesIO(layer), layer_root, whiteouts="overlay")
-    gone = (layer_root / "gone").lstat()
-    assert stat.S_ISCHR(gone.st_mode)
-    assert gone.st_rdev == 0
-    for name in ("d", "replaced", "again", "late"):
-        assert os.getxattr(layer_root / name, "trusted.overlay.opaque") == b"y", name
-    assert (layer_root / "back").read_bytes() == b"x"
-
-
-@needs_root
-def test_both_styles_show_the_same_tree_when_overlay_is_mounted(layer_root: Path, tmp_path: Path) -> None:
-    lower = [directory(b"d"), file(b"d/x", b"1"), file(b"d/y", b"2"), file(b"e/z", b"3"), file(b"f", b"4")]
-    upper = [file(b"d/.wh.x"), directory(b"e"), file(b"e/.wh..wh..opq"), file(b"e/n", b"5"), file(b".wh.f")]
-    for name in ("lower", "upper", "work", "merged"):
-        (tmp_path / name).mkdir()
-    apply(tmp_path / "lower", directory(b"."), *lower)
-    apply_layer(
-        io.BytesIO(tar(directory(b"."), directory(b"d"), *upper)), tmp_path / "upper", whiteouts="overlay"
-    )
-    apply(layer_root, directory(b"."), *lower)
-    apply(layer_root, directory(b"."), directory(b"d"), *upper)
-    options = f"lowerdir={tmp_path}/upper:{tmp_path}/lower"
-    mounted = subprocess.run(
-        ["mount", "-t", "overlay", "overlay", "-o", options, tmp_path / "merged"],
-        capture_output=True,
-        check=False,
-    )
-    if mounted.returncode:
-        pytest.skip(f"needs overlay: {mounted.stderr.decode().strip()}")
-    try:
-        assert compare_trees(tmp_path / "merged", layer_root) == []
-    finally:
-        run("umount", tmp_path / "merged")
 
 
 # ---- an ordinary user --------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Layer tars: apply one to a directory, find what changed in a directory, pack that as a layer."""
 
 from .changes import Change, ChangeKind, changes, diff_size
-from .extract import LayerStats, Limits, WhiteoutStyle, apply_layer
+from .extract import LayerStats, Limits, apply_layer
 from .pack import pack_diff
 
 __all__ = [
@@ -9,7 +9,6 @@ __all__ = [
     "ChangeKind",
     "LayerStats",
     "Limits",
-    "WhiteoutStyle",
     "apply_layer",
     "changes",
     "diff_size",

@@ -16,7 +16,6 @@ from ..errors import UnsafeLayerError
 from .confined import Identity, Root, descriptor_path, identity, named, open_entry
 from .metadata import set_owner
 from .names import Parts, shown
-from .overlay import is_whiteout, mark_opaque
 
 __all__ = ["Directories", "Parent"]
 
@@ -50,9 +49,8 @@ class Parent:
 class Directories:
     """All directories of a root that an extraction has touched."""
 
-    def __init__(self, root: Root, *, overlay: bool) -> None:
+    def __init__(self, root: Root) -> None:
         self._root = root
-        self._overlay = overlay
         self._final: dict[Identity, _Final] = {}
         self._privileged = os.geteuid() == 0
 
@@ -167,10 +165,6 @@ class Directories:
                 self._make_implicit(parent, component)
             elif stat.S_ISLNK(status.st_mode):
                 return os.readlink(component, dir_fd=parent.descriptor)
-            elif self._overlay and is_whiteout(status):
-                os.unlink(component, dir_fd=parent.descriptor)
-                self._make_implicit(parent, component)
-                mark_opaque(parent.descriptor, component)
             elif not stat.S_ISDIR(status.st_mode):
                 raise UnsafeLayerError("what should hold it is not a directory")
         return None

@@ -7,20 +7,17 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO
 
 from ..errors import PrivilegeError, UnsafeLayerError
 from .confined import Identity, Root, identity, named, open_entry, walk
 from .directories import Directories, Parent
 from .header import Entry, Kind, read_entries
-from .metadata import set_mode, set_owner, set_times, set_xattrs
+from .metadata import is_whiteout, set_mode, set_owner, set_times, set_xattrs
 from .names import OPAQUE, is_aufs_metadata, shown, split_name, whiteout_target
-from .overlay import is_whiteout, make_whiteout, mark_opaque
 from .stream import TarStream
 
-__all__ = ["LayerStats", "Limits", "WhiteoutStyle", "apply_layer"]
-
-WhiteoutStyle = Literal["remove", "overlay"]
+__all__ = ["LayerStats", "Limits", "apply_layer"]
 
 MAX_MAJOR = (1 << 12) - 1
 MAX_MINOR = (1 << 20) - 1
@@ -48,15 +45,13 @@ def apply_layer(
     root: Path,
     *,
     limits: Limits | None = None,
-    whiteouts: WhiteoutStyle = "remove",
     progress: Callable[[int], None] | None = None,
 ) -> LayerStats:
     """Apply an uncompressed layer tar to a directory and read the stream to its end.
 
-    whiteouts="remove" takes names of the layers below away, as in a directory that holds the merged layers;
-    "overlay" leaves overlayfs's marks instead, for a directory that holds this layer alone. progress is
-    called with the bytes of the tar read so far. An ordinary user becomes the owner of everything and gets
-    no capabilities.
+    The directory holds the layers below, merged: whiteouts take names of theirs away. progress is called
+    with the bytes of the tar read so far. An ordinary user becomes the owner of everything and gets no
+    capabilities.
 
     Raises UnsafeLayerError for what a layer must not hold, PrivilegeError for device nodes without root,
     and the errors of the file system. After an error the directory holds a part of the layer.
@@ -65,7 +60,7 @@ def apply_layer(
     tar = TarStream(stream, limits.max_bytes)
     try:
         with Root.open(root) as confined:
-            return _apply_all(_Extraction(confined, tar, whiteouts), tar, limits, progress)
+            return _apply_all(_Extraction(confined, tar), tar, limits, progress)
     except UnsafeLayerError:
         with suppress(UnsafeLayerError):
             tar.drain()  # the end of a verified stream tells a layer damaged on its way from an evil one
@@ -93,10 +88,9 @@ class _Extraction:
     several names.
     """
 
-    def __init__(self, root: Root, tar: TarStream, whiteouts: WhiteoutStyle) -> None:
+    def __init__(self, root: Root, tar: TarStream) -> None:
         self._tar = tar
-        self._overlay = whiteouts == "overlay"
-        self._directories = Directories(root, overlay=self._overlay)
+        self._directories = Directories(root)
         self._made: set[tuple[Identity, str]] = set()
 
     def apply(self, entry: Entry) -> None:
@@ -154,8 +148,6 @@ class _Extraction:
             if status is not None:
                 self._clear(parent, name)
             os.mkdir(name, 0o700, dir_fd=parent.descriptor)
-            if status is not None and is_whiteout(status) and self._overlay:
-                mark_opaque(parent.descriptor, name)
         with open_entry(parent.descriptor, name, os.O_PATH | os.O_DIRECTORY) as descriptor:
             where = identity(os.fstat(descriptor))
             self._describe_directory(Parent(descriptor, where, (*parent.parts, name)), entry)
@@ -269,25 +261,11 @@ class _Extraction:
             os.unlink(name, dir_fd=parent.descriptor)
 
     def _hide(self, parts: tuple[str, ...], hidden: str) -> None:
-        if self._overlay:
-            with self._directories.made(parts) as parent:
-                self._hide_overlay(parent, hidden)
-            return
-        with self._directories.existing(parts) as parent_or_none:
-            if parent_or_none is not None:
-                self._hide_removing(parent_or_none, hidden)
+        with self._directories.existing(parts) as parent:
+            if parent is not None:
+                self._hide_in(parent, hidden)
 
-    def _hide_overlay(self, parent: Parent, hidden: str) -> None:
-        if hidden == OPAQUE:
-            mark_opaque(parent.descriptor)
-            return
-        status = parent.lstat(hidden)
-        if status is None:
-            make_whiteout(parent.descriptor, hidden)
-        elif stat.S_ISDIR(status.st_mode):  # made by this layer: it stays, what lower layers have in it goes
-            mark_opaque(parent.descriptor, hidden)
-
-    def _hide_removing(self, parent: Parent, hidden: str) -> None:
+    def _hide_in(self, parent: Parent, hidden: str) -> None:
         if hidden == OPAQUE:
             self._remove_below(parent, "", keep_made=True)
             return

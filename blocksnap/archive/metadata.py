@@ -7,12 +7,25 @@ import stat
 from ..errors import NotSupportedError, UnsafeLayerError
 from .confined import descriptor_path, open_entry
 
-__all__ = ["belongs_to_image", "read_xattrs", "set_mode", "set_owner", "set_times", "set_xattrs"]
+__all__ = [
+    "belongs_to_image",
+    "is_whiteout",
+    "read_xattrs",
+    "set_mode",
+    "set_owner",
+    "set_times",
+    "set_xattrs",
+]
 
 # Host labels (SELinux, IMA), trusted.* and overlay's own marks say something about a host, never about an
 # image, and a layer that could set overlay's marks could point into other layers.
 _IMAGE_XATTRS = ("security.capability", "system.posix_acl_access", "system.posix_acl_default")
 _FOREIGN_USER_XATTRS = ("user.overlay.",)
+
+
+def is_whiteout(status: os.stat_result) -> bool:
+    """Tell whether a status is that of overlayfs's own mark of a removed name, which no image holds."""
+    return stat.S_ISCHR(status.st_mode) and status.st_rdev == os.makedev(0, 0)
 
 
 def belongs_to_image(xattr: str) -> bool:

@@ -9,9 +9,8 @@ from typing import BinaryIO
 from ..errors import BusyError, UnsafeLayerError
 from .changes import find_changes
 from .confined import Identity, Root, identity, named, open_entry
-from .metadata import read_xattrs
+from .metadata import is_whiteout, read_xattrs
 from .names import WHITEOUT, Parts
-from .overlay import is_whiteout
 from .pax import XATTR_PREFIX, format_seconds
 from .stream import BLOCK, PIECE
 

@@ -242,7 +242,7 @@ class Driver(ABC):
                 f'layer "{id}" has the child "{children[0]}" and cannot change: apply to a new layer'
             )
         with self.mounted(id) as path:
-            return archive.apply_layer(stream, path, whiteouts="remove").bytes
+            return archive.apply_layer(stream, path).bytes
 
     def sync(self) -> None:
         """Make all layers durable."""

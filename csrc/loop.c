@@ -237,7 +237,7 @@ static ssize_t loop_attribute(int number, const char *name, char *buffer, size_t
 	return n;
 }
 
-/* Counts what was ever attached to the device, so that a re-used number is not taken for the old attachment.
+/* Counts what was ever attached to the device, so that a reused number is not taken for the old attachment.
  */
 static uint64_t loop_sequence(int number)
 {

@@ -32,8 +32,8 @@ int check_writable(struct bs_pool *pool)
 	if (status.failed)
 		return bs_fail(-EIO, "the pool failed earlier: close it and run pool check");
 	if (status.needs_check)
-		return bs_fail(
-			-EUCLEAN, "the pool is read-only until it was checked: run pool check --clear-needs-check");
+		return bs_fail(-EUCLEAN,
+			"the pool is read-only until it was checked: run pool check --clear-needs-check");
 	if (pool->read_only)
 		return bs_fail(-EROFS, "the pool is open read-only");
 	return 0;

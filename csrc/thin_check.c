@@ -206,9 +206,7 @@ static void check_superblock(struct check *c)
 	check_identity(c);
 	check_features(c);
 	check_sizes(c);
-	if (!all_zero(sb->data_sm_root.unused, sizeof(sb->data_sm_root.unused)) ||
-		!all_zero(sb->metadata_sm_root.unused, sizeof(sb->metadata_sm_root.unused)))
-		check_finding(c, WARNING, "superblock: unused bytes of a space map root are not zero");
+	/* The kernel leaves what was in its memory behind the fields of the space map roots. */
 	if (!all_zero(sb->zero, sizeof(sb->zero)))
 		check_finding(c, WARNING, "superblock: bytes behind the last field are not zero");
 	c->blocks[0].role = ROLE_SUPERBLOCK;

@@ -52,7 +52,6 @@ field("metadata_blocks_none", METADATA_MAP, "Q", 0, "fatal: 0 metadata blocks", 
 field("metadata_blocks_absurd", METADATA_MAP, "Q", 1 << 40, "fatal: metadata blocks, possible", None)
 field("data_nr_allocated", DATA_MAP + 8, "Q", 3, "warning: nr_allocated is 3", ACCEPTED)
 field("metadata_nr_allocated", METADATA_MAP + 8, "Q", 3, "warning: nr_allocated is 3", ACCEPTED)
-field("space_map_root_tail", DATA_MAP + 40, "Q", 1, "warning: unused bytes", ACCEPTED)
 field("stale_bytes_behind_superblock", 3000, "I", 1, "warning: bytes behind the last field", ACCEPTED)
 field("time_too_large", 44, "I", 1 << 24, "fatal: time 16777216 is larger", ACCEPTED)
 field("time_too_small", 44, "I", 1, "fatal: later than the pool's time", ACCEPTED)

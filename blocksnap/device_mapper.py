@@ -7,6 +7,7 @@ A process that suspends a device and dies leaves it suspended, and whoever write
 `Device.suspended` guards against that, `Device.suspend` does not.
 """
 
+import errno
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -48,7 +49,7 @@ from .dm_target import (
     parse_status,
     parse_target,
 )
-from .errors import BusyError, DeviceNotFoundError
+from .errors import BusyError, DeviceIOError, DeviceNotFoundError
 
 __all__ = [
     "SUFFIX_VARIABLE",
@@ -297,28 +298,38 @@ class Device:
         )
         return decode_text(out)
 
+    def _pool_message(self, text: str) -> None:
+        self.message(text)
+        # The kernel commits after each message, but does not tell when that fails.
+        (status,) = self.status()
+        if isinstance(status, FailedStatus) or (isinstance(status, ThinPoolStatus) and status.needs_check):
+            raise DeviceIOError(
+                f'{self.name}: "{text}" is not committed, the pool has failed: check its metadata device',
+                errno.EIO,
+            )
+
     def create_thin(self, device_id: int) -> None:
         """Make an empty thin device in this pool. Raises DeviceExistsError."""
-        self.message(f"create_thin {device_id:d}")
+        self._pool_message(f"create_thin {device_id:d}")
 
     def create_snap(self, device_id: int, origin_id: int) -> None:
         """Make a snapshot; an active origin must be suspended, which the kernel does not check."""
-        self.message(f"create_snap {device_id:d} {origin_id:d}")
+        self._pool_message(f"create_snap {device_id:d} {origin_id:d}")
 
     def delete(self, device_id: int) -> None:
         """Delete a thin device. Raises BusyError while it is active, DeviceNotFoundError if there is none."""
-        self.message(f"delete {device_id:d}")
+        self._pool_message(f"delete {device_id:d}")
 
     def set_transaction_id(self, current: int, new: int) -> None:
         """Go from one transaction id to another. Raises ArgumentError if the pool's is not `current`."""
-        self.message(f"set_transaction_id {current:d} {new:d}")
+        self._pool_message(f"set_transaction_id {current:d} {new:d}")
 
     def reserve_metadata_snap(self) -> None:
         """Hold the metadata of now, whose root the pool's status tells. BusyError if some are held."""
-        self.message("reserve_metadata_snap")
+        self._pool_message("reserve_metadata_snap")
 
     def release_metadata_snap(self) -> None:
-        self.message("release_metadata_snap")
+        self._pool_message("release_metadata_snap")
 
     def __repr__(self) -> str:
         return f"<Device {self.name!r} {self.number}>"

@@ -275,7 +275,7 @@ class LinearTarget(Target):
 
     @classmethod
     def parse(cls, length: int, text: str) -> Self:
-        device, offset = _fields(text, 2)
+        device, offset, *_ = _fields(text, 2)
         return cls(length, DeviceNumber.parse(device), _number(offset, text) * SECTOR)
 
 

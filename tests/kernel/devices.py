@@ -59,7 +59,7 @@ class Disks:
         path = self._directory / name
         if size:
             with path.open("ab") as file:
-                file.truncate(size)
+                file.truncate(max(size, file.tell()))
         return path
 
     def attach(self, name: str, size: int = 0) -> DeviceNumber:

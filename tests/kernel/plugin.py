@@ -66,9 +66,13 @@ class GuestSession:
             if data.get("nodeid") != item.nodeid:
                 raise self._death(f"{data.get('nodeid')} answered instead of {item.nodeid}")
             if data["$report_type"] == "finished":
+                if item is self._items[-1]:
+                    self.close()
                 return
             report = item.config.hook.pytest_report_from_serializable(config=item.config, data=data)
             assert isinstance(report, pytest.TestReport)
+            if isinstance(report.longrepr, list):  # a skip's tuple, as JSON has it
+                report.longrepr = tuple(report.longrepr)
             yield report
 
     def _boot(self, first: pytest.Item) -> Guest:
@@ -80,12 +84,13 @@ class GuestSession:
         files = list(dict.fromkeys(str(item.path) for item in items))
         command = [sys.executable, "-m", "pytest", "--kernel=host", "-p", "tests.kernel.reporter"]
         command += ["-p", "no:cacheprovider", "--basetemp=/dev/shm/pytest", f"--timeout={SECONDS_A_TEST}"]
+        command.append(f"--rootdir={first.config.rootpath}")
         self._guest = Guest(
             [*command, *files],
             environment={
                 "BLOCKSNAP_KERNEL_TESTS": "/run/host/tests",
                 "PYTHONDONTWRITEBYTECODE": "1",
-                "PYTHONPATH": str(first.config.rootpath),
+                "PYTHONPATH": os.pathsep.join(sys.path),
             },
             files={"tests": json.dumps(wanted)},
         )
@@ -101,8 +106,9 @@ class GuestSession:
         return _Died(message)
 
     def close(self) -> None:
-        if self._guest is not None:
-            self._guest.close()
+        guest, self._guest = self._guest, None
+        if guest is not None:
+            guest.close()
 
 
 def _report(item: pytest.Item, outcome: Any, text: str) -> pytest.TestReport:

@@ -185,6 +185,8 @@ class Guest:
         pin = [] if self._processor.number is None else ["taskset", "-c", str(self._processor.number)]
         return [
             *("setpriv", "--pdeathsig", "KILL", "unshare", "--pid", "--fork", "--kill-child=KILL"),
+            # As process 1 the kernel would survive its own end: it ends by a signal, which those ignore.
+            *("timeout", "--foreground", "0"),
             *pin,
             # Only the kernel may be preloaded, not the tools that start it.
             *("env", f"LD_PRELOAD={self.directory}/shim.so", _tool("linux.uml") or "linux.uml"),

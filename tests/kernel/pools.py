@@ -1,0 +1,65 @@
+"""Thin pools of the kernel for tests."""
+
+import dataclasses
+import fcntl
+import os
+import struct
+
+from blocksnap.device_mapper import Control, Device, ThinPoolStatus, ThinPoolTarget, ThinTarget
+from tests.kernel.devices import BLOCK, MIB, Disks
+
+__all__ = [
+    "DATA",
+    "METADATA",
+    "SIZE",
+    "activate",
+    "discard",
+    "make_thin",
+    "pool_status",
+    "pool_target",
+    "start_pool",
+]
+
+METADATA, DATA, SIZE = 4 * MIB, 32 * MIB, 8 * MIB
+BLKDISCARD = 0x1277
+
+
+def pool_target(
+    disks: Disks, data: int = DATA, low_water_blocks: int = 0, **features: bool
+) -> ThinPoolTarget:
+    target = ThinPoolTarget(
+        data,
+        disks.attach("metadata", METADATA),
+        disks.attach("data", data),
+        BLOCK,
+        low_water_blocks,
+        error_if_no_space=True,
+    )
+    return dataclasses.replace(target, **features)  # type: ignore[arg-type]
+
+
+def start_pool(control: Control, disks: Disks, data: int = DATA, **options: bool) -> Device:
+    return Device.create(control, "pool", [pool_target(disks, data, **options)])
+
+
+def activate(control: Control, pool: Device, device_id: int, size: int = SIZE) -> Device:
+    return Device.create(control, f"thin-{device_id}", [ThinTarget(size, pool.number, device_id)])
+
+
+def make_thin(control: Control, pool: Device, device_id: int) -> Device:
+    pool.create_thin(device_id)
+    return activate(control, pool, device_id)
+
+
+def pool_status(pool: Device, *, commit: bool = False) -> ThinPoolStatus:
+    (status,) = pool.status(commit=commit)
+    assert isinstance(status, ThinPoolStatus), status
+    return status
+
+
+def discard(path: str, offset: int, length: int) -> None:
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        fcntl.ioctl(descriptor, BLKDISCARD, struct.pack("QQ", offset, length))
+    finally:
+        os.close(descriptor)

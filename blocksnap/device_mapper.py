@@ -29,6 +29,7 @@ from .dm_control import (
     encode_text,
     growing,
 )
+from .dm_cookie import udev_cookie
 from .dm_target import (
     SECTOR,
     DeviceNumber,
@@ -79,12 +80,18 @@ _RETRY_SECONDS = 0.1
 
 
 class Device:
-    """A mapped device, known by its uuid, or by its name if it has none."""
+    """A mapped device, known by its uuid, or by its name if it has none.
 
-    __slots__ = ("_control", "name", "number", "uuid")
+    What is `private` udev does not look into: no links below /dev/disk lead to it.
+    """
 
-    def __init__(self, control: Control, name: str, uuid: str, number: DeviceNumber) -> None:
+    __slots__ = ("_control", "name", "number", "private", "uuid")
+
+    def __init__(
+        self, control: Control, name: str, uuid: str, number: DeviceNumber, *, private: bool = False
+    ) -> None:
         self._control = control
+        self.private = private
         self.name = name
         self.uuid = uuid
         self.number = number
@@ -98,12 +105,14 @@ class Device:
         *,
         uuid: str | None = None,
         read_only: bool = False,
+        private: bool = False,
     ) -> Self:
-        """Make a device with a live table; if a step fails nothing is left of it.
+        """Make a device with a live table, and where udev runs its links; if a step fails nothing is left.
 
         `uuid` (default: a random one) follows UUID_PREFIX. Raises BusyError if name or uuid are taken.
         """
         device = cls._create_empty(control, name + control.name_suffix, UUID_PREFIX + (uuid or str(uuid4())))
+        device.private = private
         try:
             device.load(targets, read_only=read_only)
             device.resume()
@@ -142,6 +151,14 @@ class Device:
     def _change(self, function: Callable[..., int], *arguments: Any) -> DeviceInfo:
         info = ffi.new("struct bs_dm_info *")
         self._call(function, *arguments, info)
+        return device_info(info)
+
+    def _change_seen(self, function: Callable[..., int], *arguments: Any) -> DeviceInfo:
+        """Make a change that udev hears of, and wait until it has."""
+        info = ffi.new("struct bs_dm_info *")
+        with udev_cookie(private=self.private) as cookie:
+            self._call(function, *arguments, cookie.value, info)
+            cookie.sent = bool(info.flags & lib.BS_DM_UEVENT_GENERATED)
         return device_info(info)
 
     # ---- tables ----
@@ -233,7 +250,7 @@ class Device:
 
         If the target refuses, the device stays suspended with the refused table (see `replace`).
         """
-        return self._change(lib.bs_dm_resume, 0, 0)
+        return self._change_seen(lib.bs_dm_resume, 0)
 
     @contextmanager
     def suspended(
@@ -258,8 +275,12 @@ class Device:
     def rename(self, name: str) -> None:
         """Give another name, to which the suffix of the control is added."""
         name += self._control.name_suffix
-        fd, present = self._control.fileno(), self.info().name
-        called(lambda: lib.bs_dm_rename(fd, encode_text(present), encode_text(name), 0), present)
+        # The kernel renames by name only.
+        self.name = self.info().name
+        self._change_seen(
+            lambda fd, present, _uuid, *arguments: lib.bs_dm_rename(fd, present, *arguments),
+            encode_text(name),
+        )
         self.name = name
 
     def remove(self, *, deferred: bool = False, timeout: float = 5.0) -> None:
@@ -270,7 +291,7 @@ class Device:
         deadline = time.monotonic() + timeout
         while True:
             try:
-                self._change(lib.bs_dm_remove, lib.BS_DM_DEFERRED_REMOVE if deferred else 0, 0)
+                self._change_seen(lib.bs_dm_remove, lib.BS_DM_DEFERRED_REMOVE if deferred else 0)
                 return
             except BusyError:
                 if time.monotonic() >= deadline:

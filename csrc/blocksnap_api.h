@@ -216,7 +216,7 @@ void bs_export_stop(struct bs_export *export_);
  * flags are open(2)'s without O_CREAT, O_CLOEXEC is added. Returns a descriptor. Needs no privilege. */
 int bs_open_in_root(int root, const char *path, int flags);
 
-/* ---- device-mapper (dm_ioctl.c, dm_guard.c) ---- */
+/* ---- device-mapper (dm_ioctl.c, dm_guard.c, dm_cookie.c) ---- */
 
 /* The descriptor of /dev/mapper/control that every call takes; the caller closes it. Flags have the kernel's
  * values (linux/dm-ioctl.h). A device is looked up by its uuid, and by its name if uuid is NULL; messages call
@@ -284,8 +284,9 @@ int bs_dm_create(int control, const char *name, const char *uuid, struct bs_dm_i
 /* flags: BS_DM_DEFERRED_REMOVE removes at the last close. A cookie of 0 is none. -EBUSY while it is open. */
 int bs_dm_remove(int control, const char *name, const char *uuid, unsigned int flags, uint32_t cookie,
 	struct bs_dm_info *ret);
-/* The kernel renames by name only: ask for the uuid first. */
-int bs_dm_rename(int control, const char *name, const char *new_name, uint32_t cookie);
+/* The kernel renames by name only: ask for the uuid first. ret has the flags, but still the old name. */
+int bs_dm_rename(
+	int control, const char *name, const char *new_name, uint32_t cookie, struct bs_dm_info *ret);
 /* flags: BS_DM_SKIP_LOCKFS, BS_DM_NOFLUSH. Waits for the I/O under way. -EINTR if a signal came first; the
  * device is then as before. */
 int bs_dm_suspend(
@@ -325,3 +326,16 @@ int bs_dm_guard_suspend(
 	const char *name, const char *uuid, unsigned int flags, int timeout_ms, struct bs_dm_guard **ret);
 /* Resume and free the guard. Fails like bs_dm_resume. */
 int bs_dm_guard_resume(struct bs_dm_guard *guard);
+
+/* What udev is told with a cookie, in its upper half: flags of libdevmapper. */
+#define BS_DM_UDEV_NO_SUBSYSTEM_RULES 0x20000
+#define BS_DM_UDEV_NO_DISK_RULES 0x40000
+#define BS_DM_UDEV_NO_OTHER_RULES 0x80000
+#define BS_DM_UDEV_PRIMARY_SOURCE 0x400000
+
+/* A cookie for one change of one device; or flags to it. Only where udev runs with the rules of device-mapper. */
+int bs_dm_cookie_create(uint32_t *ret);
+/* Wait until udev is done. -ETIMEDOUT, and -EINTR if a signal came first. */
+int bs_dm_cookie_wait(uint32_t cookie, int timeout_ms);
+/* Must follow every bs_dm_cookie_create; a cookie that is gone is accepted. */
+void bs_dm_cookie_destroy(uint32_t cookie);

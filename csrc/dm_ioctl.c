@@ -384,18 +384,20 @@ int bs_dm_remove(int control, const char *name, const char *uuid, unsigned int f
 	return exchange_info(control, &request, ret);
 }
 
-int bs_dm_rename(int control, const char *name, const char *new_name, uint32_t cookie)
+int bs_dm_rename(int control, const char *name, const char *new_name, uint32_t cookie, struct bs_dm_info *ret)
 {
 	int r = check_name(new_name);
 
 	if (r < 0)
 		return r;
-	return exchange_nothing(control, &(struct request){.command = &dev_rename,
-						 .name = name,
-						 .event_nr = cookie,
-						 .payload = new_name,
-						 .payload_size = strlen(new_name) + 1,
-						 .detail = new_name});
+	return exchange_info(control,
+		&(struct request){.command = &dev_rename,
+			.name = name,
+			.event_nr = cookie,
+			.payload = new_name,
+			.payload_size = strlen(new_name) + 1,
+			.detail = new_name},
+		ret);
 }
 
 int bs_dm_suspend(int control, const char *name, const char *uuid, unsigned int flags, struct bs_dm_info *ret)

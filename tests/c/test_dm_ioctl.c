@@ -389,7 +389,7 @@ static void test_what_cannot_be_is_refused_before_the_kernel(void)
 	CHECK_EQ(bs_dm_create(-1, "good", "u/1", &info), -EINVAL);
 	CHECK_EQ(bs_dm_create(-1, "good", "u:1", &info), -EBADF);
 	CHECK(strstr(bs_last_error(), "good: creating") != NULL);
-	CHECK_EQ(bs_dm_rename(-1, "good", "..", 0), -EINVAL);
+	CHECK_EQ(bs_dm_rename(-1, "good", "..", 0, &info), -EINVAL);
 	CHECK_EQ(bs_dm_info(-1, long_name, NULL, &info), -EINVAL);
 	CHECK_EQ(bs_dm_info(-1, "good", long_name, &info), -EINVAL);
 	CHECK_EQ(bs_dm_load(-1, "good", NULL, gap, 2, 0, &info), -EINVAL);

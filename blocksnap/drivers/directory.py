@@ -6,15 +6,17 @@ lock).
 """
 
 import os
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from ..archive.confined import Root, identity, walk
 from ..mount import mount_table
+from .base import Driver, check_id
 from .root import fsync_directory, write_durable
 
-__all__ = ["LayerDirectory", "allocated_bytes", "backing_filesystem", "remove_tree"]
+__all__ = ["DirectoryDriver", "LayerDirectory", "allocated_bytes", "backing_filesystem", "remove_tree"]
 
 
 class LayerDirectory:
@@ -62,6 +64,39 @@ class LayerDirectory:
         (self.path / id).rename(doomed)
         fsync_directory(self.path)
         remove_tree(doomed)
+
+
+class DirectoryDriver(Driver):
+    """A driver whose layers are directories below <root>/<its name>."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self._layers = LayerDirectory(self.root / self.name)
+        with self._home.lock.hold():
+            self._layers.sweep()
+
+    def exists(self, id: str) -> bool:
+        return self._layers.exists(check_id(id))
+
+    def layers(self) -> list[str]:
+        return self._layers.ids()
+
+    def parent(self, id: str) -> str | None:
+        self._check_known(id)
+        return self._layers.parent(id)
+
+    def snapshot(self, id: str, origin: str) -> None:
+        """Copy a layer as it is now."""
+        with self._home.lock.hold():
+            self._check_new(id)
+            self._check_known(origin)
+            self._check_not_held(origin, "snapshot")
+            self._unmount(origin)
+            self._snapshot(id, origin)
+
+    @abstractmethod
+    def _snapshot(self, id: str, origin: str) -> None:
+        """Copy a layer that nobody holds and that was unmounted to a new one with the same parent."""
 
 
 def _fsync_file(path: str) -> None:

@@ -27,8 +27,8 @@ from .. import mount
 from ..archive.confined import Root, descriptor_path, walk
 from ..archive.names import Parts
 from ..errors import BusyError, NotSupportedError
-from .base import Accounting, Driver, check_id, is_root
-from .directory import LayerDirectory, allocated_bytes, backing_filesystem
+from .base import Accounting, is_root
+from .directory import DirectoryDriver, allocated_bytes, backing_filesystem
 from .root import fsync_directory
 from .tree_copy import copy_attributes, copy_tree
 
@@ -41,18 +41,16 @@ _UNFIT_NAME = re.compile(r"[,:\\\udc80-\udcff]")
 _UNFIT = frozenset(("overlay", "nfs", "nfs4", "cifs", "9p", "vfat", "exfat", "squashfs", "erofs", "fuse"))
 
 
-class OverlayDriver(Driver):
+class OverlayDriver(DirectoryDriver):
     """overlayfs on the file system of the root directory."""
 
     name: ClassVar[str] = "overlay"
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
-        self._layers = LayerDirectory(self.root / "overlay")
         self._links = self.root / "l"
         (self._links / "empty").mkdir(mode=0o755, parents=True, exist_ok=True)
         with self._home.lock.hold():
-            self._layers.sweep()
             self._sweep_links()
 
     @classmethod
@@ -68,16 +66,6 @@ class OverlayDriver(Driver):
         return None
 
     # ---- questions -------------------------------------------------------------------------------
-
-    def exists(self, id: str) -> bool:
-        return self._layers.exists(check_id(id))
-
-    def layers(self) -> list[str]:
-        return self._layers.ids()
-
-    def parent(self, id: str) -> str | None:
-        self._check_known(id)
-        return self._layers.parent(id)
 
     def status(self) -> list[tuple[str, str]]:
         return [
@@ -114,15 +102,9 @@ class OverlayDriver(Driver):
 
     # ---- layers ----------------------------------------------------------------------------------
 
-    def snapshot(self, id: str, origin: str) -> None:
-        """Copy a layer's upper directory as it is now."""
-        with self._home.lock.hold():
-            self._check_new(id)
-            self._check_known(origin)
-            self._check_not_held(origin, "snapshot")
-            self._unmount(origin)
-            with self._new_layer(id, self.parent(origin)) as layer:
-                copy_tree(self._layers.path / origin / "diff", layer / "diff", reflink=True)
+    def _snapshot(self, id: str, origin: str) -> None:
+        with self._new_layer(id, self.parent(origin)) as layer:
+            copy_tree(self._layers.path / origin / "diff", layer / "diff", reflink=True)
 
     def _create(self, id: str, parent: str | None, *, writable: bool) -> None:  # noqa: ARG002
         if parent is not None:

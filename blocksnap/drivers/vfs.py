@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import ClassVar
 
 from ..mount import sync_filesystem
-from .base import Accounting, Driver, check_id
-from .directory import LayerDirectory, allocated_bytes
+from .base import Accounting
+from .directory import DirectoryDriver, allocated_bytes
 from .tree_copy import copy_tree
 
 __all__ = ["VfsDriver"]
 
 
-class VfsDriver(Driver):
+class VfsDriver(DirectoryDriver):
     """Full copies; with reflink=True files share blocks where the file system can (btrfs, XFS)."""
 
     name: ClassVar[str] = "vfs"
@@ -24,19 +24,6 @@ class VfsDriver(Driver):
     def __init__(self, root: Path, *, reflink: bool = False) -> None:
         super().__init__(root)
         self._reflink = reflink
-        self._layers = LayerDirectory(self.root / "vfs")
-        with self._home.lock.hold():
-            self._layers.sweep()
-
-    def exists(self, id: str) -> bool:
-        return self._layers.exists(check_id(id))
-
-    def layers(self) -> list[str]:
-        return self._layers.ids()
-
-    def parent(self, id: str) -> str | None:
-        self._check_known(id)
-        return self._layers.parent(id)
 
     def status(self) -> list[tuple[str, str]]:
         return [
@@ -54,13 +41,8 @@ class VfsDriver(Driver):
         copied = int((self._layers.path / id / "copied").read_text())
         return Accounting(copy_bytes=copied, allocated_bytes=allocated_bytes(self._tree(id)))
 
-    def snapshot(self, id: str, origin: str) -> None:
-        """Copy a layer as it is now."""
-        with self._home.lock.hold():
-            self._check_new(id)
-            self._check_known(origin)
-            self._check_not_held(origin, "snapshot")
-            self._copy(id, self.parent(origin), source=origin)
+    def _snapshot(self, id: str, origin: str) -> None:
+        self._copy(id, self.parent(origin), source=origin)
 
     def _create(self, id: str, parent: str | None, *, writable: bool) -> None:  # noqa: ARG002
         self._copy(id, parent, source=parent)

@@ -5,7 +5,7 @@ HTML page).
 import csv
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib import resources
 from operator import attrgetter
@@ -27,18 +27,25 @@ _NOT_KNOWN = "-"
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One column: its head, its meaning in one line, a row's figure and how it is written, long and short."""
+    """One column: its head, its meaning in one line, a row's figure and how it is written, long and short.
+
+    The mark of a footnote stands behind the long form where marked says so.
+    """
 
     head: str
     meaning: str
     value: Callable[[Measurement], Any]
     form: Callable[[Any], str] = str
     short: Callable[[Any], str] | None = None
+    mark: str = ""
+    marked: Callable[[Measurement], bool] = lambda row: False  # noqa: ARG005 - few columns have footnotes
 
     def text(self, row: Measurement) -> str:
         """Return the figure with its unit, a dash where the driver cannot give it."""
         value = self.value(row)
-        return _NOT_KNOWN if value is None else self.form(value)
+        if value is None:
+            return _NOT_KNOWN
+        return self.form(value) + (self.mark if self.marked(row) else "")
 
     def short_text(self, row: Measurement) -> str:
         value = self.value(row)
@@ -85,10 +92,19 @@ _DETAILS = (
     _bytes("application wrote", "application_bytes"),
     _bytes("file system wrote", "filesystem_bytes"),
     _bytes("driver's metadata", "metadata_bytes"),
-    _bytes("changed", "changed_bytes"),
-    Column("known from", "", attrgetter("changed_bytes_source")),
-    _NEW_SPACE,
-    Column("known from", "", attrgetter("allocated_bytes_source")),
+    replace(
+        _bytes(
+            "changed", "changed_bytes", "what the application wrote, since the workload does not know more"
+        ),
+        mark="*",
+        marked=lambda row: row.changed_bytes_source == "application_bytes",
+    ),
+    replace(
+        _NEW_SPACE,
+        meaning="difference of free space (statvfs), elsewhere the driver's own count",
+        mark="†",
+        marked=lambda row: row.allocated_bytes_source == "statvfs",
+    ),
     _ratio("space amp", "space_amplification"),
     Column("operations", "", attrgetter("operations"), "{:,}".format),
     _latency("slowest", "max"),
@@ -174,6 +190,7 @@ def _render(comparison: Comparison, svg: str) -> str:
         svg=svg[svg.find("<svg") :],
         columns=COLUMNS,
         details=_DETAILS,
+        footnotes=[column for column in _DETAILS if any(map(column.marked, comparison.results))],
         parts=PARTS,
         split=[row for row in comparison.results if row.parts is not None],
         bytes=lambda value: _NOT_KNOWN if value is None else format_bytes(value),

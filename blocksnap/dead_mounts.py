@@ -7,10 +7,11 @@ living process or somebody else has made can be meant.
 
 import errno
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from . import mount
-from .errors import BlocksnapError
+from .errors import ArgumentError, BlocksnapError, BusyError
 from .file_system import unmount_fuse
 
 __all__ = ["dead_exports", "end_dead_export"]
@@ -18,35 +19,39 @@ __all__ = ["dead_exports", "end_dead_export"]
 
 def dead_exports() -> list[str]:
     """Return where FUSE exports of blocksnap are mounted whose server is gone."""
-    return [entry.target for entry in mount.mount_table() if _is_export(entry) and _is_dead(entry.target)]
+    return [target for target in _exports() if _is_dead(target)]
 
 
-def end_dead_export(mountpoint: str | os.PathLike[str]) -> bool:
-    """Unmount a dead export and all that stands on it; return False when there is none at the path.
+def end_dead_export(mountpoint: str | os.PathLike[str]) -> None:
+    """Unmount a dead export and all that stands on it, if there is one at the path.
 
     A file system that somebody still uses is taken out of sight and ends with its last user.
     """
-    target = os.path.realpath(mountpoint)
-    found = False
-    while target in dead_exports():
-        found = True
-        _end_users(Path(target))
-        _abort(target)
-    return found
+    path = Path(mountpoint).absolute()
+    export = path.parent.resolve() / path.name  # resolving the mount point itself would ask its server
+    while str(export) in _exports() and _is_dead(export):
+        if os.geteuid() == 0:
+            # Requests fail first: what is taken away next may wait for one that was never answered.
+            with suppress(BusyError):
+                mount.unmount(export, abort=True)
+            for loop in mount.loop_devices(below=export):
+                _end_loop(loop)
+        for entry in reversed(mount.mount_table()):
+            if Path(entry.source).is_relative_to(export):  # fuse2fs over a file of the export
+                _unmount_fuse(entry.target)
+        if mount.is_mounted(export):
+            _unmount_fuse(export)
 
 
-def _abort(target: str) -> None:
-    if os.geteuid() == 0:
-        mount.unmount(target, lazy=True, abort=True)
-    else:
-        unmount_fuse(target, lazy=True)
+def _exports() -> list[str]:
+    return [
+        entry.target
+        for entry in mount.mount_table()
+        if entry.fstype.startswith("fuse") and "blocksnap" in (*entry.fstype.split("."), entry.source)
+    ]
 
 
-def _is_export(entry: mount.MountEntry) -> bool:
-    return entry.fstype.startswith("fuse") and "blocksnap" in (*entry.fstype.split("."), entry.source)
-
-
-def _is_dead(target: str) -> bool:
+def _is_dead(target: str | os.PathLike[str]) -> bool:
     try:
         os.statvfs(target)
     except OSError as error:
@@ -54,20 +59,18 @@ def _is_dead(target: str) -> bool:
     return False
 
 
-def _end_users(export: Path) -> None:
+def _unmount_fuse(target: str | os.PathLike[str]) -> None:
+    if os.geteuid() == 0:
+        mount.unmount(target, lazy=True, abort=True)
+    else:
+        unmount_fuse(target, lazy=True)
+
+
+def _end_loop(loop: mount.LoopDevice) -> None:
     for entry in reversed(mount.mount_table()):
-        if Path(entry.source).is_relative_to(export):  # fuse2fs over a file of the export
-            _abort(entry.target)
-    for loop in mount.loop_devices():
-        if Path(loop.backing_path).is_relative_to(export):
-            for entry in reversed(mount.mount_table()):
-                if entry.source == loop.path:
-                    mount.unmount(entry.target, lazy=True)
-            _detach(loop)
-
-
-def _detach(loop: mount.LoopDevice) -> None:
-    try:
+        if loop.path == entry.source or entry.device == f"7:{loop.number}":
+            with suppress(ArgumentError):
+                mount.thaw(entry.target)
+            mount.unmount(entry.target, lazy=True)
+    with suppress(BlocksnapError):  # the kernel detaches it at its last close
         loop.detach(timeout=1.0)
-    except BlocksnapError:
-        return  # the kernel detaches it at its last close

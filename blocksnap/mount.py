@@ -7,20 +7,19 @@ above that device: what can wait for them runs in a child process.
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from ._native import check, encode, ffi, lib
-from .errors import ArgumentError, BusyError, DeviceIOError
+from .errors import ArgumentError, DeviceIOError
 
 __all__ = [
     "LoopDevice",
     "MountEntry",
     "backing_loops",
-    "end_dead_export",
     "filesystem_type",
     "frozen",
     "is_mounted",
@@ -129,9 +128,13 @@ class LoopDevice:
         return f"<LoopDevice {self.path} {self.backing_path!r}>"
 
 
-def loop_devices() -> list[LoopDevice]:
-    """Return every attached loop device of the machine."""
-    numbers = sorted(int(p.parts[3][4:]) for p in Path("/sys/block").glob("loop*/loop/backing_file"))
+def loop_devices(below: Path | None = None) -> list[LoopDevice]:
+    """Return every attached loop device of the machine, or those over the files below a directory.
+
+    Only what is returned is asked: one over a file whose FUSE server hangs does not answer.
+    """
+    files = Path("/sys/block").glob("loop*/loop/backing_file")
+    numbers = sorted(int(p.parts[3][4:]) for p in files if below is None or _is_over(p, below))
     found = []
     for number in numbers:
         try:
@@ -139,6 +142,13 @@ def loop_devices() -> list[LoopDevice]:
         except DeviceIOError:  # detached meanwhile
             continue
     return found
+
+
+def _is_over(attribute: Path, directory: Path) -> bool:
+    try:
+        return Path(attribute.read_text(errors="surrogateescape")).is_relative_to(directory)
+    except OSError:  # detached meanwhile
+        return False
 
 
 def backing_loops(path: str | os.PathLike[str]) -> list[LoopDevice]:
@@ -268,31 +278,3 @@ def is_mounted(path: str | os.PathLike[str]) -> bool:
     """Whether something is mounted exactly at a path."""
     real = os.path.realpath(path)
     return any(entry.target == real for entry in mount_table())
-
-
-def end_dead_export(mountpoint: str | os.PathLike[str]) -> None:
-    """Take away what a FUSE server left that has ended: file systems on its files, loop devices, its mount.
-
-    Only for a server that is gone: a living one would be cut off. Nothing here waits for its answer.
-    """
-    # Resolving the mount point itself would ask the server.
-    parent, name = os.path.split(os.path.abspath(mountpoint))
-    target = os.path.join(os.path.realpath(parent), name)
-    # Fails all requests first: a server that was killed may hang in one of its own, and others wait for it.
-    with suppress(BusyError, ArgumentError):
-        unmount(target, abort=True)
-    for loop in loop_devices():
-        if loop.backing_path.startswith(target + "/"):
-            _end_loop(loop)
-    with suppress(ArgumentError):
-        unmount(target, lazy=True)
-
-
-def _end_loop(loop: LoopDevice) -> None:
-    """Unmount everything that is mounted from a loop device, and detach it."""
-    for entry in reversed(mount_table()):
-        if loop.path == entry.source or entry.device == f"7:{loop.number}":
-            with suppress(ArgumentError):
-                thaw(entry.target)
-            unmount(entry.target, lazy=True)
-    loop.detach()

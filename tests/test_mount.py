@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from blocksnap import errors, mount
+from blocksnap.dead_mounts import end_dead_export
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or not os.access("/dev/loop-control", os.W_OK),
@@ -234,12 +235,13 @@ def test_all_that_a_killed_server_left_goes_away(server: subprocess.Popen[str], 
     subprocess.run(["mkfs.ext4", "-q", loop.path], check=True)
     mount.mount(loop.path, target)
     (target / "file").write_bytes(bytes(8 << 20))
+    subprocess.run(["fsfreeze", "--freeze", target], check=True)
     server.kill()
     server.wait()
     with pytest.raises(OSError, match="not connected"):
         os.stat(tmp_path / "export")
     assert [found.number for found in mount.backing_loops(tmp_path / "export" / "volume")] == [loop.number]
-    mount.end_dead_export(tmp_path / "export")
+    end_dead_export(tmp_path / "export")
     assert not loop.is_attached()
     assert not mount.is_mounted(target)
     assert not mount.is_mounted(tmp_path / "export")

@@ -106,19 +106,9 @@ void bm_destroy(struct block_manager *bm)
 	free(bm);
 }
 
-uint64_t bm_nr_blocks(const struct block_manager *bm)
-{
-	return bm->nr_blocks;
-}
-
 void bm_set_nr_blocks(struct block_manager *bm, uint64_t nr_blocks)
 {
 	bm->nr_blocks = nr_blocks;
-}
-
-uint64_t bm_nr_dirty(const struct block_manager *bm)
-{
-	return bm->nr_dirty;
 }
 
 static struct bm_block *find(struct block_manager *bm, uint64_t nr)

@@ -38,7 +38,6 @@ struct block_manager;
 int bm_create(struct io *io, uint64_t nr_blocks, uint32_t cache_blocks, struct block_manager **ret);
 void bm_destroy(struct block_manager *bm);
 
-uint64_t bm_nr_blocks(const struct block_manager *bm);
 void bm_set_nr_blocks(struct block_manager *bm, uint64_t nr_blocks);
 
 /* -EILSEQ wrong checksum or content, -ENOTBLK other block's number, -EUCLEAN beyond the device. */
@@ -52,7 +51,6 @@ void bm_forget(struct block_manager *bm, uint64_t nr);
 /* Seal and write every dirty block, neighbours in one call. They stay cached, clean, only if all were
  * written. */
 int bm_write_dirty(struct block_manager *bm, uint64_t *ret_bytes);
-uint64_t bm_nr_dirty(const struct block_manager *bm);
 void bm_trim(struct block_manager *bm);
 void bm_reset(struct block_manager *bm);
 

@@ -50,11 +50,6 @@ class Testbed:
         self.root = root
         self._loop = loop
 
-    @property
-    def counts(self) -> bool:
-        """Whether there is a device whose counter is ours alone."""
-        return self._loop is not None
-
     def written_bytes(self) -> int | None:
         """Return the bytes written to the loop device so far; only differences mean something."""
         return None if self._loop is None else self._loop.written_bytes()

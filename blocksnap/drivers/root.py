@@ -175,10 +175,6 @@ class DriverRoot:
         ]
         return [holder for holder in found if holder.is_alive()]
 
-    def held_layers(self) -> list[str]:
-        """Return the layers that somebody holds."""
-        return sorted(file.name for file in (self.path / "references").iterdir() if self.holders(file.name))
-
     def add_reference(self, id: str, *, lasting: bool) -> None:
         """Count one more reference of this process; a lasting one is counted once."""
         holder = Holder.lasting() if lasting else Holder.this_process()

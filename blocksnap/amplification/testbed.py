@@ -173,12 +173,11 @@ def clear_below(directory: Path, timeout: float = 5.0) -> None:
 
 
 def _detach_loops_below(directory: Path, deadline: float) -> None:
-    for loop in mount.loop_devices():
-        if Path(loop.backing_path).is_relative_to(directory):
-            for entry in reversed(mount.mount_table()):
-                if entry.source == loop.path:
-                    _unmount_patiently(entry.target, deadline)
-            _detach(loop)
+    for loop in mount.loop_devices(below=directory):
+        for entry in reversed(mount.mount_table()):
+            if entry.source == loop.path:
+                _unmount_patiently(entry.target, deadline)
+        _detach(loop)
 
 
 def _detach(loop: mount.LoopDevice) -> None:

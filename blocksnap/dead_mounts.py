@@ -12,7 +12,7 @@ from pathlib import Path
 
 from . import mount
 from .errors import ArgumentError, BlocksnapError, BusyError
-from .file_system import unmount_fuse
+from .file_system import may_mount, unmount_fuse
 
 __all__ = ["dead_exports", "end_dead_export"]
 
@@ -30,7 +30,7 @@ def end_dead_export(mountpoint: str | os.PathLike[str]) -> None:
     path = Path(mountpoint).absolute()
     export = path.parent.resolve() / path.name  # resolving the mount point itself would ask its server
     while str(export) in _exports() and _is_dead(export):
-        if os.geteuid() == 0:
+        if may_mount():
             # Requests fail first: what is taken away next may wait for one that was never answered.
             with suppress(BusyError):
                 mount.unmount(export, abort=True)
@@ -60,7 +60,7 @@ def _is_dead(target: str | os.PathLike[str]) -> bool:
 
 
 def _unmount_fuse(target: str | os.PathLike[str]) -> None:
-    if os.geteuid() == 0:
+    if may_mount():
         mount.unmount(target, lazy=True, abort=True)
     else:
         unmount_fuse(target, lazy=True)

@@ -3,28 +3,33 @@
 As root the kernel mounts the file system from a loop device over the exported file, with direct I/O so that
 nothing is cached twice; without privilege fuse2fs mounts it from the file. The loop devices detach by
 themselves when this process dies.
+
+This process never opens, reads or asks for anything on its own export or above it, but in child processes: a
+thread that waits for an answer of its own process cannot be killed, and keeps the dead export from failing.
 """
 
-import os
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from . import mount
 from .dead_mounts import end_dead_export
 from .device_export import DeviceExport
-from .errors import ArgumentError, BlocksnapError, BusyError
-from .file_system import Fuse2fs, make_file_system
+from .errors import ArgumentError, BlocksnapError, BusyError, NeedsCheckError
+from .file_system import Fuse2fs, make_file_system, may_mount
 from .mount_users import mount_users
 from .pool import Pool
+from .thin_device import ThinDevice
 from .user_pool import UserDevice
 
 __all__ = ["DeviceMount", "DeviceMounts"]
 
 _OPTIONS = {"ext4": "discard", "xfs": "discard,nouuid", "btrfs": "discard"}
+_WITHOUT_LOG = {"ext4": "noload", "xfs": "norecovery", "btrfs": "rescue=nologreplay"}
 _DETACH_SECONDS = 5.0
 _END_SECONDS = 3.0
 _RETRY_SECONDS = 0.05
@@ -119,7 +124,7 @@ class DeviceMounts:
 
     def written_bytes(self, name: str) -> int | None:
         """Return what file systems on a device wrote to their loop devices, None without loop devices."""
-        if os.geteuid() != 0:
+        if not may_mount():
             return None
         device = self._device(name)
         with device.lock:
@@ -135,13 +140,13 @@ class DeviceMounts:
             yield device.active.shown if device.active is not None else None
 
     def mount(self, name: str, target: Path, *, read_only: bool = False, options: str = "") -> DeviceMount:
-        """Mount a device; one that is mounted there already stays as it is."""
+        """Mount a device at a real path; one that is mounted there already stays as it is."""
         device = self._device(name)
         with device.lock:
             self._forget_ended(name, device)
             if device.active is None:
                 device.active = self._activate(name, target, read_only, options)
-            elif os.path.realpath(target) != device.active.shown.target:
+            elif str(target) != device.active.shown.target:
                 raise BusyError(
                     f'thin device "{name}" is mounted at {device.active.shown.target}: unmount it first'
                 )
@@ -254,25 +259,42 @@ class DeviceMounts:
                     self._export = None
 
     def _activate(self, name: str, target: Path, read_only: bool, options: str) -> _Active:
-        if not target.is_dir():
-            raise ArgumentError(f"{target} is not a directory: make it, or mount elsewhere")
-        real = os.path.realpath(target)
+        if self._pool.read_only and not read_only:
+            raise NeedsCheckError(
+                f"pool {self._pool.path} is read-only until it was repaired: mount read-only"
+            )
         with ExitStack() as stack:
             handle, path = self._expose(name, stack)
-            if os.geteuid() != 0:
-                process = Fuse2fs(path, Path(real), read_only=read_only)
-                active = _Active(DeviceMount(name, real, "ext4", None, read_only), handle, process=process)
+            if may_mount():
+                active = self._mount_loop(name, path, handle, str(target), read_only, options, stack)
             else:
-                loop = mount.LoopDevice.attach(path, direct_io=True, autoclear=True)
-                stack.callback(loop.detach)
-                before = loop.written_bytes()
-                kind = mount.filesystem_type(loop.path)
-                chosen = ",".join(filter(None, (_OPTIONS[kind], options)))
-                mount.mount(loop.path, real, kind, read_only=read_only, noatime=True, options=chosen)
-                shown = DeviceMount(name, real, kind, loop.path, read_only)
-                active = _Active(shown, handle, loop=loop, written_before=before)
+                process = Fuse2fs(path, target, read_only=read_only)
+                shown = DeviceMount(name, str(target), "ext4", None, read_only)
+                active = _Active(shown, handle, process=process)
             stack.pop_all()
             return active
+
+    def _mount_loop(
+        self,
+        name: str,
+        path: Path,
+        handle: UserDevice,
+        target: str,
+        read_only: bool,
+        options: str,
+        stack: ExitStack,
+    ) -> _Active:
+        frozen = self._pool.read_only
+        loop = mount.LoopDevice.attach(path, read_only=frozen, direct_io=True, autoclear=True)
+        stack.callback(loop.detach)
+        before = loop.written_bytes()
+        # Never read through the loop device: this process would wait for itself, which SIGKILL cannot end.
+        device = self._pool.device(name)
+        kind = mount.told_by_magic(partial(_read_inside, device), f'thin device "{name}"')
+        chosen = ",".join(filter(None, (_OPTIONS[kind], _WITHOUT_LOG[kind] if frozen else "", options)))
+        mount.mount(loop.path, target, kind, read_only=read_only, noatime=True, options=chosen)
+        shown = DeviceMount(name, target, kind, loop.path, read_only)
+        return _Active(shown, handle, loop=loop, written_before=before)
 
     def _deactivate(
         self, name: str, device: _Device, *, lazy: bool = False, patience: float = _DETACH_SECONDS
@@ -306,3 +328,7 @@ class DeviceMounts:
         with suppress(BlocksnapError):
             mount.sync_filesystem(device.active.shown.target)
         self._deactivate(name, device, lazy=True, patience=0)
+
+
+def _read_inside(device: ThinDevice, offset: int, length: int) -> bytes:
+    return device.read(offset, length) if offset + length <= device.size else b""

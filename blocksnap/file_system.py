@@ -5,13 +5,15 @@ xfsprogs and fuse2fs, which work on the files of an export.
 import os
 import shutil
 import subprocess
+import tempfile
 import time
 from pathlib import Path
+from typing import IO
 
 from . import mount
 from .errors import ArgumentError, BlocksnapError, BusyError, NotSupportedError
 
-__all__ = ["FILE_SYSTEMS", "Fuse2fs", "find_program", "make_file_system", "unmount_fuse"]
+__all__ = ["FILE_SYSTEMS", "Fuse2fs", "find_program", "make_file_system", "may_mount", "unmount_fuse"]
 
 FILE_SYSTEMS = ("ext4", "xfs")
 
@@ -27,6 +29,15 @@ _PACKAGES = {
 _EXT4 = ("-q", "-F", "-t", "ext4", "-m", "0", "-i", "65536")
 _EXT4_EXTENDED = "nodiscard,lazy_itable_init=0,lazy_journal_init=0"
 _MOUNT_SECONDS = 10.0
+
+
+def may_mount() -> bool:
+    """Say whether this process may use loop devices and mount(2): root with CAP_SYS_ADMIN in effect."""
+    if os.geteuid() != 0:
+        return False
+    status = Path("/proc/self/status").read_text()
+    effective = next(line.split()[1] for line in status.splitlines() if line.startswith("CapEff:"))
+    return bool(int(effective, 16) >> 21 & 1)
 
 
 def find_program(name: str) -> str | None:
@@ -71,24 +82,30 @@ def unmount_fuse(target: str | os.PathLike[str], *, lazy: bool = False) -> None:
 
 
 class Fuse2fs:
-    """An ext4 file system mounted by a process of ours, without privilege."""
+    """An ext4 file system mounted by a process of ours, without privilege.
+
+    The target is a real path. Nothing here looks at it: what serves the source could wait for itself.
+    """
 
     def __init__(self, source: Path, target: Path, *, read_only: bool = False) -> None:
         options = "fakeroot" + (",ro" if read_only else "")
         command = [_program("fuse2fs"), "-f", "-o", options, str(source), str(target)]
         self._target = target
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
-        self._wait_mounted()
+        with tempfile.TemporaryFile() as said:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said
+            )
+            self._wait_mounted(said)
 
-    def _wait_mounted(self) -> None:
+    def _wait_mounted(self, said: IO[bytes]) -> None:
         deadline = time.monotonic() + _MOUNT_SECONDS
-        while not mount.is_mounted(self._target):
+        while all(entry.target != str(self._target) for entry in mount.mount_table()):
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self._process.kill()
-                said = " ".join(self._process.communicate()[1].split())
-                raise BlocksnapError(f"fuse2fs could not mount {self._target}: {said}")
+                self._process.wait()
+                said.seek(0)
+                reason = " ".join(said.read().decode(errors="replace").split())
+                raise BlocksnapError(f"fuse2fs could not mount {self._target}: {reason}")
             time.sleep(0.005)
 
     def is_mounted(self) -> bool:
@@ -102,4 +119,4 @@ class Fuse2fs:
             if self._process.poll() is None:
                 raise
         if not lazy:
-            self._process.communicate()
+            self._process.wait()

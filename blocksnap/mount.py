@@ -6,7 +6,7 @@ above that device: what can wait for them runs in a child process.
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ __all__ = [
     "mount_table",
     "sync_filesystem",
     "thaw",
+    "told_by_magic",
     "unmount",
 ]
 
@@ -171,11 +172,16 @@ _MAGIC = ((1080, b"\x53\xef", "ext4"), (0, b"XFSB", "xfs"), (65600, b"_BHRfS_M",
 def filesystem_type(source: str | os.PathLike[str]) -> str:
     """Return the type that mount(2) takes for what is on a device or file, told by its magic."""
     with open(source, "rb") as device:
-        for offset, magic, name in _MAGIC:
-            device.seek(offset)
-            if device.read(len(magic)) == magic:
-                return name
-    raise ArgumentError(f"{os.fspath(source)}: no ext4, xfs or btrfs on it: make a file system first")
+        descriptor = device.fileno()
+        return told_by_magic(lambda offset, length: os.pread(descriptor, length, offset), os.fspath(source))
+
+
+def told_by_magic(read: Callable[[int, int], bytes], name: str) -> str:
+    """Return the type of a file system of which `read(offset, length)` gives the contents."""
+    for offset, magic, kind in _MAGIC:
+        if read(offset, len(magic)) == magic:
+            return kind
+    raise ArgumentError(f"{name}: no ext4, xfs or btrfs on it: make a file system first")
 
 
 def mount(

@@ -164,10 +164,12 @@ class PoolClient:
 
         A device that is mounted there already stays as it is; BusyError when it is mounted elsewhere.
         """
+        if not os.path.isdir(target):
+            raise ArgumentError(f"{os.fspath(target)} is not a directory: make it, or mount elsewhere")
         done = self.ask(
             "mount",
             name=_name(device),
-            target=os.path.abspath(target),
+            target=os.path.realpath(target),
             read_only=read_only,
             options=options,
             namespace=mount_namespace(),

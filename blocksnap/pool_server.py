@@ -47,6 +47,7 @@ class PoolServer:
         self._service = PoolService(pool, self._mounts)
         self._lock = threading.Lock()
         self._connections: dict[socket.socket, threading.Thread] = {}
+        self._leaving: set[socket.socket] = set()
         self._ending = False
         self._terminated = False
         self._wake_read, self._wake_write = socket.socketpair()
@@ -55,7 +56,13 @@ class PoolServer:
         self._listener = self._listen()
 
     def run(self, first: socket.socket) -> None:
-        """Serve until the last connection and the last mount are gone, or until SIGTERM."""
+        """Serve until the last connection and the last mount are gone, or until SIGTERM.
+
+        To be called in the main thread, which alone gets signals.
+        """
+        # The kernel may hand a signal to another thread, which does not interrupt a poll of this one.
+        signal.set_wakeup_fd(self._wake_write.fileno())
+        signal.signal(signal.SIGTERM, self._terminate)
         self._welcome(first)
         try:
             while not self._is_over():
@@ -63,9 +70,8 @@ class PoolServer:
         finally:
             self._end()
 
-    def terminate(self, number: int = 0, frame: FrameType | None = None) -> None:  # noqa: ARG002 - a signal handler
+    def _terminate(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - a signal handler
         self._terminated = True
-        self._wake()
 
     # ---- the loop
 
@@ -155,7 +161,7 @@ class PoolServer:
         try:
             verb = message.body["verb"]
             if verb == "leave":
-                result: Any = self._leave()
+                result: Any = self._leave(connection)
             else:
                 result = self._perform(verb, message, connection)
         except Exception as error:  # noqa: BLE001 - whatever goes wrong is the client's to hear
@@ -178,10 +184,12 @@ class PoolServer:
             arguments["progress"] = lambda done, total: send(connection, {"progress": [done, total]})
         return getattr(self._service, verb)(**arguments)
 
-    def _leave(self) -> bool:
+    def _leave(self, connection: socket.socket) -> bool:
         """Say whether the server ends when this client goes."""
         with self._lock:
-            self._ending = self._ending or (len(self._connections) == 1 and not self._mounts.mounts())
+            self._leaving.add(connection)
+            if self._leaving == self._connections.keys() and not self._mounts.mounts():
+                self._ending = True
         self._wake()
         return self._ending
 
@@ -190,6 +198,7 @@ class PoolServer:
         with self._lock:
             if not self._ending:
                 del self._connections[connection]
+                self._leaving.discard(connection)
                 connection.close()
         self._wake()
 
@@ -258,7 +267,6 @@ def main(arguments: list[str]) -> int:
         with suppress(OSError):
             send(first, {"error": describe_error(error)})
         return 1
-    signal.signal(signal.SIGTERM, server.terminate)
     _log.info("serving %s", directory)
     server.run(first)
     return 0

@@ -1,8 +1,8 @@
 /*
  * Loop devices: a file as a block device, by ioctls.
  *
- * 1. What can wait for the backing file (the last close writes the page cache back) happens in a child
- * process.
+ * 1. What can wait for the backing file's server, which may be this process (opening the file, asking for its
+ * size, the last close, which writes the page cache back), happens in a child process.
  * 2. An autoclear device is kept open by this process until it is detached: the kernel frees it when the
  * process and the last mount are gone, whichever is later.
  * 3. Whether a device is still attached is asked of sysfs: opening it would keep it attached. diskseq tells
@@ -16,6 +16,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
 #include <time.h>
@@ -55,7 +56,6 @@ struct held_loop {
 static pthread_mutex_t held_lock = PTHREAD_MUTEX_INITIALIZER;
 static struct held_loop *held_loops;
 
-/* Returns 1. */
 static int loop_hold(int number, int fd)
 {
 	struct held_loop *held = malloc(sizeof(*held));
@@ -66,7 +66,7 @@ static int loop_hold(int number, int fd)
 	*held = (struct held_loop){.next = held_loops, .number = number, .fd = fd};
 	held_loops = held;
 	pthread_mutex_unlock(&held_lock);
-	return 1;
+	return 0;
 }
 
 static void loop_let_go(int number)
@@ -159,60 +159,115 @@ static int configure_failed(const struct loop_config *config, const char *path, 
 	return bs_fail_errno("%s: attaching /dev/loop%d", path, number);
 }
 
-/* One attempt on the next free device: 1 done, 0 lost the race for it, < 0 error. */
-static int loop_configure(int control, const struct loop_config *config, const char *path, int *ret)
+/* One attempt on the next free device: a descriptor of it, -EBUSY when the race for it was lost, or an error. */
+static int loop_configure(int control, const struct loop_config *config, const char *path, int *number)
 {
-	int number = ioctl(control, LOOP_CTL_GET_FREE);
-
-	if (number < 0)
+	*number = ioctl(control, LOOP_CTL_GET_FREE);
+	if (*number < 0)
 		return bs_fail_errno("%s: finding a free loop device", LOOP_CONTROL);
-	int fd = loop_open(number, !(config->info.lo_flags & LO_FLAGS_READ_ONLY));
+	int fd = loop_open(*number, !(config->info.lo_flags & LO_FLAGS_READ_ONLY));
 	if (fd < 0)
-		return fd == -ENXIO ? 0 : fd;
-	int r = 1;
-	if (ioctl(fd, LOOP_CONFIGURE, config) < 0)
-		r = errno == EBUSY ? 0 : configure_failed(config, path, number);
-	bool hold = r == 1 && (config->info.lo_flags & LO_FLAGS_AUTOCLEAR);
-	if (hold)
-		r = loop_hold(number, fd);
-	if (!hold || r < 0)
-		close(fd);
-	*ret = number;
+		return fd == -ENXIO ? -EBUSY : fd;
+	if (ioctl(fd, LOOP_CONFIGURE, config) == 0)
+		return fd;
+	int r = errno == EBUSY ? -EBUSY : configure_failed(config, path, *number);
+	close(fd);
 	return r;
 }
 
-static int configure_free(const struct loop_config *config, const char *path, int *ret)
+static int configure_free(const struct loop_config *config, const char *path, int *number)
 {
-	int control = control_open(), r = 0;
+	int control = control_open(), r = -EBUSY;
 
 	if (control < 0)
 		return control;
-	for (int attempt = 0; r == 0 && attempt < ATTACH_ATTEMPTS; attempt++) {
-		r = loop_configure(control, config, path, ret);
-		if (r == 0)
+	for (int attempt = 0; r == -EBUSY && attempt < ATTACH_ATTEMPTS; attempt++) {
+		r = loop_configure(control, config, path, number);
+		if (r == -EBUSY)
 			sleep_ms(1);
 	}
 	close(control);
-	if (r == 0)
-		return bs_fail(-EBUSY, "%s: every free loop device was taken by others: try again", path);
-	return r < 0 ? r : 0;
+	if (r == -EBUSY)
+		bs_fail(r, "%s: every free loop device was taken by others: try again", path);
+	return r;
+}
+
+struct attach_args {
+	const char *path;
+	struct loop_config config;
+};
+
+static int attach(const struct attach_args *args, int *number)
+{
+	struct loop_config config = args->config;
+	int backing = backing_open(args->path, config.info.lo_flags & LO_FLAGS_READ_ONLY);
+
+	if (backing < 0)
+		return backing;
+	config.fd = (uint32_t)backing;
+	int fd = configure_free(&config, args->path, number);
+	close(backing);
+	return fd;
+}
+
+/* An error is followed by its message; on success the device stays open until the maker has opened it too. */
+static void attach_child(const void *args, int socket)
+{
+	int number, fd = attach(args, &number);
+
+	if (fd < 0) {
+		child_reply(socket, fd, 0);
+		send(socket, bs_last_error(), strlen(bs_last_error()), MSG_NOSIGNAL);
+		return;
+	}
+	child_reply(socket, 0, (uint64_t)number);
+	child_wait(socket);
+}
+
+static int receive_error(const struct child *child, int error)
+{
+	char message[1024];
+	ssize_t n = recv(child->socket, message, sizeof(message) - 1, 0);
+
+	message[n < 0 ? 0 : n] = '\0';
+	return bs_fail(error, "%s", message);
+}
+
+static int take_attached(int number, bool autoclear)
+{
+	if (!autoclear)
+		return 0;
+	int fd = loop_open(number, false);
+	if (fd < 0)
+		return fd;
+	int r = loop_hold(number, fd);
+	if (r < 0)
+		close(fd);
+	return r;
 }
 
 int bs_loop_attach(const char *path, unsigned int flags, unsigned int sector_size, int *ret)
 {
-	bool read_only = flags & BS_LOOP_READ_ONLY;
-	struct loop_config config = {.block_size = sector_size};
-	int backing = backing_open(path, read_only);
+	struct attach_args args = {.path = path, .config = {.block_size = sector_size}};
+	struct loop_info64 *info = &args.config.info;
+	struct child_reply answer;
+	struct child child;
 
-	if (backing < 0)
-		return backing;
-	config.fd = backing;
-	config.info.lo_flags = (read_only ? LO_FLAGS_READ_ONLY : 0) |
-			       (flags & BS_LOOP_DIRECT_IO ? LO_FLAGS_DIRECT_IO : 0) |
-			       (flags & BS_LOOP_AUTOCLEAR ? LO_FLAGS_AUTOCLEAR : 0);
-	snprintf((char *)config.info.lo_file_name, LO_NAME_SIZE, "%s", path);
-	int r = configure_free(&config, path, ret);
-	close(backing);
+	info->lo_flags = (flags & BS_LOOP_READ_ONLY ? LO_FLAGS_READ_ONLY : 0) |
+			 (flags & BS_LOOP_DIRECT_IO ? LO_FLAGS_DIRECT_IO : 0) |
+			 (flags & BS_LOOP_AUTOCLEAR ? LO_FLAGS_AUTOCLEAR : 0);
+	snprintf((char *)info->lo_file_name, LO_NAME_SIZE, "%s", path);
+	int r = child_start(attach_child, &args, &child);
+	if (r < 0)
+		return r;
+	if (child_answer(&child, -1, &answer) != 1)
+		r = bs_fail(-EIO, "%s: attaching a loop device was killed", path);
+	else if (answer.error < 0)
+		r = receive_error(&child, answer.error);
+	else
+		r = take_attached((int)answer.device, flags & BS_LOOP_AUTOCLEAR);
+	child_end(&child);
+	*ret = (int)answer.device;
 	return r;
 }
 
@@ -317,19 +372,50 @@ int bs_loop_detach(int number, int timeout_ms)
 	return 0;
 }
 
+struct info_reply {
+	int error;
+	struct loop_info64 info;
+};
+
+static void info_child(const void *args, int socket)
+{
+	const int *number = args;
+	struct info_reply reply = {0};
+	int fd = loop_open(*number, false);
+
+	if (fd < 0)
+		reply.error = fd;
+	else if (ioctl(fd, LOOP_GET_STATUS64, &reply.info) < 0)
+		reply.error = -errno;
+	send(socket, &reply, sizeof(reply), MSG_NOSIGNAL);
+}
+
+static int loop_status(int number, struct loop_info64 *ret)
+{
+	struct info_reply reply = {.error = -EIO};
+	struct child child;
+	int r = child_start(info_child, &number, &child);
+
+	if (r < 0)
+		return r;
+	if (recv(child.socket, &reply, sizeof(reply), 0) != sizeof(reply))
+		reply.error = -EIO;
+	child_end(&child);
+	*ret = reply.info;
+	return reply.error;
+}
+
 int bs_loop_info(int number, struct bs_loop_info *ret)
 {
 	struct loop_info64 info;
 
 	*ret = (struct bs_loop_info){.number = number};
 	ssize_t n = loop_attribute(number, "loop/backing_file", ret->backing_path, sizeof(ret->backing_path));
-	int fd = loop_open(number, false);
-	if (fd < 0)
-		return fd;
-	int r = ioctl(fd, LOOP_GET_STATUS64, &info) < 0 ? -errno : 0;
-	close(fd);
+	int r = loop_status(number, &info);
 	if (r == -ENXIO)
 		return bs_fail(-ENXIO, "/dev/loop%d is free", number);
+	if (r == -EPERM || r == -EACCES)
+		return bs_fail(-EPERM, "/dev/loop%d: no privilege for loop devices: run as root", number);
 	if (r < 0 && n < 0)
 		return bs_fail(r, "/dev/loop%d: status: %s", number, strerror(-r));
 	/* A backing file whose server is gone has a path, but no inode can be asked for. */
@@ -345,21 +431,26 @@ int bs_loop_info(int number, struct bs_loop_info *ret)
 	return 0;
 }
 
-int bs_loop_refresh(int number)
+static void refresh_child(const void *args, int socket)
 {
-	int fd = loop_open(number, false);
+	const int *number = args;
+	int fd = loop_open(*number, false);
 	char path[4096];
 	struct stat st;
 
-	if (fd < 0)
-		return fd;
 	/* Kernels before 6.17 take the size from the inode that they have in memory: renew it. */
-	if (loop_attribute(number, "loop/backing_file", path, sizeof(path)) > 0)
+	if (fd >= 0 && loop_attribute(*number, "loop/backing_file", path, sizeof(path)) > 0)
 		stat(path, &st);
-	int r = 0;
-	if (ioctl(fd, LOOP_SET_CAPACITY) < 0)
-		r = errno == ENXIO ? bs_fail(-ENXIO, "/dev/loop%d is free", number)
-				   : bs_fail_errno("/dev/loop%d: taking over the size of its file", number);
-	close(fd);
-	return r;
+	child_reply(socket, fd < 0 ? fd : ioctl(fd, LOOP_SET_CAPACITY) < 0 ? -errno : 0, 0);
+}
+
+int bs_loop_refresh(int number)
+{
+	int r = child_run(refresh_child, &number);
+
+	if (r == -ENXIO)
+		return bs_fail(r, "/dev/loop%d is free", number);
+	if (r < 0)
+		return bs_fail(r, "/dev/loop%d: taking over the size of its file: %s", number, strerror(-r));
+	return 0;
 }

@@ -195,3 +195,24 @@ def test_driver_goes_on_after_its_server_was_killed(tmp_path: Path) -> None:
             assert (root / "file").read_text() == "synced"
         driver.cleanup()
     assert (mounts_below(tmp_path), loops_below(tmp_path)) == ([], [])
+
+
+@pytest.mark.parametrize("way", ["open", "doctor"])
+def test_mount_of_a_killed_holder_is_gone_after_the_next_open_or_doctor(tmp_path: Path, way: str) -> None:
+    root = tmp_path / "root"
+    program = (
+        "import os, sys; from blocksnap import drivers\n"
+        "driver = drivers.open('thin', sys.argv[1], size='256M')\n"
+        "driver.create('base'); driver.create_read_write('lasting', 'base')\n"
+        "driver.get('lasting', lasting=True); driver.get('base'); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", program, root], check=False)
+    assert len(mounts_below(root / "mnt")) == 2
+    if way == "doctor":
+        run_command("doctor", "--clean")
+    else:
+        drivers.open("thin", root).close()
+    assert mounts_below(root / "mnt") == [str(root / "mnt" / "lasting")]
+    with drivers.open("thin", root) as driver:
+        driver.cleanup()
+    assert (mounts_below(tmp_path), loops_below(tmp_path)) == ([], [])

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from .. import dead_mounts, mount
+from .. import dead_mounts, drivers, mount
 from ..amplification.testbed import DEFAULT_WORK_DIR, PREFIX, clear_below, owner_is_alive
+from ..drivers.root import DriverRoot
 
 __all__ = ["FINDERS", "Leftover", "find_leftovers"]
 
@@ -36,6 +37,37 @@ def dead_exports() -> Iterator[Leftover]:
         yield Leftover(
             f"FUSE export without a server at {target}", partial(dead_mounts.end_dead_export, target)
         )
+
+
+def abandoned_layers() -> Iterator[Leftover]:
+    """Yield the layers of containers and images that are mounted for a process that died."""
+    for entry in mount.mount_table():
+        place = _layer_at(Path(entry.target))
+        if place is None:
+            continue
+        driver, root, id = place
+        if not DriverRoot(root, driver).holders(id):
+            what = f"layer {id} of {root}, mounted for a process that died"
+            yield Leftover(what, partial(_end_layer, driver, root, id))
+
+
+def _layer_at(target: Path) -> tuple[str, Path, str] | None:
+    """Return driver, root and id of the layer whose place a path is, None when it is no such place."""
+    if target.parent.name == "mnt":
+        found = "thin", target.parents[1], target.name
+    elif target.name == "merged" and len(target.parts) > 4 and target.parents[1].name == "overlay":
+        found = "overlay", target.parents[2], target.parent.name
+    else:
+        return None
+    driver, root, _ = found
+    marker = root / "driver"
+    is_root = (root / "references").is_dir() and marker.is_file() and marker.read_text().strip() == driver
+    return found if is_root else None
+
+
+def _end_layer(driver: str, root: Path, id: str) -> None:
+    with drivers.open(driver, root) as opened, opened.mounted(id):
+        pass  # taken over and given back
 
 
 def dead_work_directories() -> Iterator[Leftover]:
@@ -65,4 +97,8 @@ def _remove_directory(directory: Path) -> None:
     shutil.rmtree(directory)
 
 
-FINDERS: tuple[Callable[[], Iterator[Leftover]], ...] = (dead_exports, dead_work_directories)
+FINDERS: tuple[Callable[[], Iterator[Leftover]], ...] = (
+    dead_exports,
+    abandoned_layers,
+    dead_work_directories,
+)

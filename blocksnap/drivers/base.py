@@ -12,7 +12,6 @@ a killed one) is adopted, one that is not mounted is left alone. A `_create` tha
 leave a root in which the id does not exist.
 """
 
-import os
 import re
 import tempfile
 from abc import ABC, abstractmethod
@@ -302,12 +301,3 @@ class Driver(ABC):
             return
         with self.mounted(parent) as old, self.mounted(id) as new:
             yield old, new
-
-
-def is_root() -> bool:
-    """Say whether this process may mount (CAP_SYS_ADMIN in effect)."""
-    if os.geteuid() != 0:
-        return False
-    status = Path("/proc/self/status").read_text()
-    effective = next(line.split()[1] for line in status.splitlines() if line.startswith("CapEff:"))
-    return bool(int(effective, 16) >> 21 & 1)

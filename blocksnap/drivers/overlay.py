@@ -27,7 +27,8 @@ from .. import mount
 from ..archive.confined import Root, descriptor_path, walk
 from ..archive.names import Parts
 from ..errors import BusyError, NotSupportedError
-from .base import Accounting, is_root
+from ..file_system import may_mount
+from .base import Accounting
 from .directory import DirectoryDriver, allocated_bytes, backing_filesystem
 from .root import fsync_directory
 from .tree_copy import copy_attributes, copy_tree
@@ -55,7 +56,7 @@ class OverlayDriver(DirectoryDriver):
 
     @classmethod
     def missing(cls, root: Path) -> str | None:
-        if not is_root():
+        if not may_mount():
             return "needs root"
         if "overlay" not in Path("/proc/filesystems").read_text().split():
             return "no overlay in /proc/filesystems: modprobe overlay"

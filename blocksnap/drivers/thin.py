@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import ClassVar
 
 from .. import mount, pool_client
-from ..errors import ArgumentError, BlocksnapError, DeviceNotFoundError
-from ..file_system import FILE_SYSTEMS, find_program
+from ..errors import ArgumentError, BlocksnapError, BusyError, DeviceNotFoundError
+from ..file_system import FILE_SYSTEMS, find_program, may_mount
 from ..metadata import DELTA_LEFT_ONLY
 from ..pool import Pool
 from ..pool_client import PoolClient
 from ..remote_device import RemoteDevice
 from ..units import Size, format_size, parse_size
-from .base import Accounting, Driver, check_id, is_root
+from .base import Accounting, Driver, check_id
 from .directory import backing_filesystem
 
 __all__ = ["ThinDriver"]
@@ -70,12 +70,13 @@ class ThinDriver(Driver):
         with self._home.lock.hold():
             self._mounts.mkdir(mode=0o700, exist_ok=True)
             self._make_pool(size, block_size, preallocate)
+            self._unmount_abandoned()
 
     @classmethod
     def missing(cls, root: Path) -> str | None:  # noqa: ARG003 - the root's file system does not matter
         if not os.access("/dev/fuse", os.R_OK | os.W_OK):
             return "needs /dev/fuse: modprobe fuse; in a container: --device /dev/fuse"
-        if is_root():
+        if may_mount():
             if not os.access("/dev/loop-control", os.R_OK | os.W_OK):
                 return "needs /dev/loop-control: modprobe loop; in a container: --privileged"
             programs = {"mke2fs": "e2fsprogs"}
@@ -231,6 +232,14 @@ class ThinDriver(Driver):
             self._pool().umount(id)
         with suppress(FileNotFoundError):
             target.rmdir()
+
+    def _unmount_abandoned(self) -> None:
+        """Unmount the layers whose holders died without a put, but what somebody still uses."""
+        for entry in mount.mount_table():
+            target = Path(entry.target)
+            if target.parent == self._mounts and not self._home.holders(target.name):
+                with suppress(BusyError):
+                    self._unmount(target.name)
 
     # ---- the pool
 

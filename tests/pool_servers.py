@@ -28,6 +28,7 @@ __all__ = [
     "run_command",
     "served",
     "wait_until",
+    "wait_until_free",
 ]
 
 needs_mounts = pytest.mark.skipif(
@@ -53,6 +54,19 @@ def wait_until(true: Callable[[], object], seconds: float = 20) -> None:
     while not true():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.01)
+
+
+def wait_until_free(pool: Path) -> None:
+    """Wait until a server that was killed has let go of its pool."""
+
+    def is_free() -> bool:
+        try:
+            Pool.open(pool, read_only=True).close()
+        except errors.BusyError:
+            return False
+        return True
+
+    wait_until(is_free)
 
 
 def command(*words: object) -> list[str]:

@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from blocksnap import drivers, errors, pool_client
-from blocksnap.pool import Pool
 from blocksnap.pool_client import PoolClient
 from tests.pool_servers import (
     device_mounted,
@@ -26,6 +25,7 @@ from tests.pool_servers import (
     run_command,
     served,
     wait_until,
+    wait_until_free,
 )
 from tests.thin_tools import assert_sound, needs_thin_tools
 
@@ -98,19 +98,6 @@ class Changes:
         self.there.add(name)
 
 
-def wait_for_the_end(pool: Path) -> None:
-    """Wait until a killed server has let go of its pool."""
-
-    def is_free() -> bool:
-        try:
-            Pool.open(pool, read_only=True).close()
-        except errors.BusyError:
-            return False
-        return True
-
-    wait_until(is_free)
-
-
 @pytest.mark.parametrize("seed", ROUNDS)
 def test_killed_server_loses_nothing_that_was_synced(
     seed: int, pool_path: Path, served: PoolClient, device_mounted: Path, tmp_path: Path
@@ -164,10 +151,10 @@ def recover(pool: Path, seed: int) -> None:
     if seed % 3 == 0:
         wait_until(lambda: is_clean_after_doctor(pool))
     elif seed % 3 == 1:
-        wait_for_the_end(pool)
+        wait_until_free(pool)
     else:
         pool_client.serve(pool).close()
-    wait_for_the_end(pool)
+    wait_until_free(pool)
 
 
 def is_clean_after_doctor(pool: Path) -> bool:
@@ -187,7 +174,7 @@ def test_driver_goes_on_after_its_server_was_killed(tmp_path: Path) -> None:
         client.close()
         with pytest.raises(errors.DeviceIOError, match="has ended"):
             driver.create("child", "base")
-        wait_for_the_end(tmp_path / "root" / "pool")
+        wait_until_free(tmp_path / "root" / "pool")
         driver.create("child", "base")
         with driver.mounted("child") as child:
             assert (child / "file").read_text() == "synced"

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -12,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from blocksnap import errors, mount, pool_client
@@ -23,18 +21,16 @@ from tests.pool_servers import (
     command,
     device_mounted,
     loops_below,
-    mounts_below,
     needs_mounts,
     pool_path,
     run_command,
     served,
     wait_until,
+    wait_until_free,
 )
 from tests.thin_tools import assert_sound
 
 __all__ = ["device_mounted", "left_mounted", "pool_path", "served"]
-
-BLOCK = 64 << 10
 
 
 class Writer:
@@ -160,109 +156,6 @@ def test_reader_that_does_not_read_stops_nobody(pool_path: Path, device_mounted:
     assert b"</superblock>" in reader.communicate()[0]
 
 
-# ---- what a mounted device refuses -------------------------------------------------------------------------
-
-
-@needs_mounts
-def test_mounted_device_is_neither_deleted_nor_written_nor_shrunk(
-    served: PoolClient, device_mounted: Path
-) -> None:
-    device = served.device("base")
-    for change in (
-        device.delete,
-        lambda: device.write(0, b"x"),
-        lambda: device.discard(0, BLOCK),
-        lambda: device.resize("1M"),
-        lambda: served.make_file_system("base"),
-        lambda: served.mount("base", device_mounted.parent),
-    ):
-        with pytest.raises(errors.BusyError, match=r'"base".* is mounted'):
-            change()
-    assert device.read(1080, 2) == b"\x53\xef"
-
-
-@needs_mounts
-def test_mounted_device_grows_and_the_kernel_sees_it(served: PoolClient, device_mounted: Path) -> None:
-    assert device_mounted.is_mount()
-    served.device("base").resize("300M")
-    [mounted] = served.mounts()
-    assert mounted.loop is not None
-    assert int(Path(f"/sys/block/{Path(mounted.loop).name}/size").read_text()) * 512 == 300 << 20
-
-
-@needs_mounts
-def test_mount_again_at_the_same_place_changes_nothing(served: PoolClient, device_mounted: Path) -> None:
-    assert served.mount("base", device_mounted) == served.mounts()[0]
-    assert len(mounts_below(device_mounted)) == 1
-
-
-@needs_mounts
-def test_busy_mount_names_its_user(served: PoolClient, device_mounted: Path) -> None:
-    user = subprocess.Popen(["sleep", "60"], cwd=device_mounted)
-    try:
-        with pytest.raises(errors.BusyError, match=rf"process {user.pid} \(sleep\)"):
-            served.umount("base")
-        assert (device_mounted / "file").exists()
-    finally:
-        user.kill()
-        user.wait()
-    served.umount("base")
-    with pytest.raises(errors.ArgumentError, match="not mounted"):
-        served.umount("base")
-
-
-@needs_mounts
-def test_device_without_a_file_system_cannot_be_mounted(served: PoolClient, tmp_path: Path) -> None:
-    served.create_device("empty", "10M")
-    (tmp_path / "there").mkdir()
-    with pytest.raises(errors.ArgumentError, match="make a file system first"):
-        served.mount("empty", tmp_path / "there")
-    with pytest.raises(errors.ArgumentError, match="not a directory"):
-        served.mount("empty", tmp_path / "nowhere")
-    with pytest.raises(errors.ArgumentError, match="ext4 or xfs"):
-        served.make_file_system("empty", "fat")
-    assert (mounts_below(tmp_path), loops_below(tmp_path)) == ([], [])
-    served.device("empty").delete()
-
-
-@needs_mounts
-@pytest.mark.skipif(
-    shutil.which("mkfs.xfs") is None or "xfs" not in Path("/proc/filesystems").read_text(),
-    reason="needs xfs and mkfs.xfs",
-)
-def test_xfs_and_its_snapshot_are_mounted_side_by_side(served: PoolClient, tmp_path: Path) -> None:
-    for name in ("base", "snap"):
-        (tmp_path / name).mkdir()
-    served.create_device("base", "400M")
-    served.make_file_system("base", "xfs")
-    assert served.mount("base", tmp_path / "base").filesystem == "xfs"
-    (tmp_path / "base" / "file").write_text("content")
-    served.device("base").snapshot("snap")
-    served.mount("snap", tmp_path / "snap", read_only=True)
-    assert (tmp_path / "snap" / "file").read_text() == "content"
-    for name in ("base", "snap"):
-        served.umount(name)
-
-
-@needs_mounts
-def test_deleted_files_give_their_space_back(served: PoolClient, device_mounted: Path) -> None:
-    (device_mounted / "large").write_bytes(os.urandom(20 << 20))
-    mount.sync_filesystem(device_mounted)
-    full = served.status().data_free_bytes
-    (device_mounted / "large").unlink()
-    mount.sync_filesystem(device_mounted)
-    wait_until(lambda: served.status().data_free_bytes - full > 15 << 20)
-
-
-@needs_mounts
-def test_mount_for_another_mount_namespace_is_refused(pool_path: Path, device_mounted: Path) -> None:
-    (device_mounted.parent / "there").mkdir()
-    words = command("device", "mount", pool_path, "base", device_mounted.parent / "there")
-    done = subprocess.run(["unshare", "-m", *words], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "mount namespace" in done.stderr
-
-
 # ---- coming and going --------------------------------------------------------------------------------------
 
 
@@ -343,15 +236,7 @@ def test_client_that_dies_takes_the_server_along(pool_path: Path) -> None:
         "pool.create_device('base', '1M'); os.kill(os.getpid(), 9)"
     )
     subprocess.run([*command()[:1], "-c", program, str(pool_path)], check=False)
-
-    def is_free() -> bool:
-        try:
-            Pool.open(pool_path).close()
-        except errors.BusyError:
-            return False
-        return True
-
-    wait_until(is_free)
+    wait_until_free(pool_path)
     with Pool.open(pool_path) as pool:
         assert pool.device("base").size == 1 << 20
 
@@ -444,95 +329,6 @@ def test_lost_server_is_an_error_and_the_next_one_serves_on(pool_path: Path) -> 
     assert_sound(pool_path / "metadata")
 
 
-# ---- the same answers as from the pool itself --------------------------------------------------------------
-
-
-def fill(path: Path) -> None:
-    with Pool.open(path) as pool:
-        base = pool.create_device("base", "10M", labels={"kind": "test"})
-        base.write(0, bytes(range(256)) * 1024)
-        snap = base.snapshot("snap")
-        snap.write(3 * BLOCK, b"y" * BLOCK)
-        snap.discard(0, BLOCK)
-
-
-def test_served_pool_tells_what_the_pool_itself_tells(pool_path: Path, tmp_path: Path) -> None:
-    fill(pool_path)
-    with Pool.open(pool_path) as pool:
-        usage, delta, runs = pool.usage(), pool.delta("base", "snap"), pool.reverse_mappings()
-        found = [(d.name, d.id, d.size, d.origin, d.created, dict(d.labels)) for d in pool.devices()]
-        with (tmp_path / "dump").open("wb") as dump, (tmp_path / "delta").open("wb") as text:
-            pool.dump(dump.fileno())
-            pool.write_delta("base", "snap", text.fileno())
-        report, status = pool.check(), pool.status()
-    with pool_client.serve(pool_path) as client:
-        assert client.usage() == usage
-        assert np.array_equal(client.delta("base", "snap"), delta)
-        assert np.array_equal(client.reverse_mappings(), runs)
-        assert [
-            (d.name, d.id, d.size, d.origin, d.created, dict(d.labels)) for d in client.devices()
-        ] == found
-        assert (client.status().transaction_id, client.status().data_free_bytes) == (
-            status.transaction_id,
-            status.data_free_bytes,
-        )
-        assert client.check() == report
-        assert not client.read_only
-        assert run_command("pool", "dump", pool_path).encode() == (tmp_path / "dump").read_bytes()
-        assert (
-            run_command("pool", "delta", pool_path, "base", "snap").encode()
-            == (tmp_path / "delta").read_bytes()
-        )
-
-
-def test_devices_of_a_served_pool_read_and_write(served: PoolClient) -> None:
-    device = served.create_device("base", "30M", labels={"a": "b"})
-    content = np.random.default_rng(1).bytes(9 << 20)
-    assert device.write(1000, content) == len(content)
-    device.flush()
-    assert device.read(0, len(content) + 2000) == bytes(1000) + content + bytes(1000)
-    device.discard(BLOCK, 2 * BLOCK)
-    assert device.read(BLOCK, 2 * BLOCK) == bytes(2 * BLOCK)
-    device.resize("40M")
-    device.set_labels({"c": "d"})
-    assert (device.size, dict(device.labels)) == (40 << 20, {"c": "d"})
-    snap = device.snapshot("snap")
-    assert (snap.origin, snap.read(1000, 10)) == ("base", content[:10])
-    snap.delete()
-    served.commit()
-    assert [one.name for one in served.devices()] == ["base"]
-    with pytest.raises(errors.DeviceNotFoundError, match="snap"):
-        snap.read(0, 1)
-    with pytest.raises(errors.ArgumentError):
-        device.read(40 << 20, 1)
-
-
-def test_served_pool_is_extended_with_progress(served: PoolClient) -> None:
-    seen: list[tuple[int, int]] = []
-    served.extend(size="520M", preallocate=True, progress=lambda done, total: seen.append((done, total)))
-    assert served.status().data_bytes == 520 << 20
-    assert seen[-1] == (8 << 20, 8 << 20)
-    with pytest.raises(errors.ArgumentError, match="shrink"):
-        served.extend(size="1M")
-
-
-def test_threads_of_one_client_take_turns(served: PoolClient) -> None:
-    devices = [served.create_device(f"d{number}", "8M") for number in range(4)]
-
-    def work(number: int) -> None:
-        for round in range(20):
-            devices[number].write(round * 4096, bytes([number]) * 4096)
-            assert devices[number].read(round * 4096, 4096) == bytes([number]) * 4096
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for number, device in enumerate(devices):
-        assert device.read(0, 20 * 4096) == bytes([number]) * (20 * 4096)
-
-
 def test_nonsense_on_the_socket_harms_nobody(pool_path: Path, served: PoolClient) -> None:
     header = b"\0\0\0\2" + bytes(8)
     for nonsense in (b"\xff" * 64, header + b"{}", header + b"[]", header + b"}{", header, b"\0"):
@@ -548,61 +344,3 @@ def test_nonsense_on_the_socket_harms_nobody(pool_path: Path, served: PoolClient
     with pytest.raises(errors.BlocksnapError, match="TypeError"):
         served.ask("status", unknown=1)
     assert served.devices() == []
-
-
-# ---- without root ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(
-    os.geteuid() != 0 or shutil.which("setpriv") is None or shutil.which("fuse2fs") is None,
-    reason="needs root (to become nobody), setpriv and fuse2fs",
-)
-@pytest.mark.skipif(os.stat("/dev/fuse").st_mode & 0o006 != 0o006, reason="needs a /dev/fuse open to all")
-def test_ordinary_user_mounts_with_fuse2fs(tmp_path: Path) -> None:
-    for directory in (tmp_path, *tmp_path.parents):
-        if str(directory).startswith("/tmp/"):
-            directory.chmod(directory.stat().st_mode | 0o755)
-    (tmp_path / "home" / "mounted").mkdir(parents=True)
-    os.chown(tmp_path / "home", 65534, 65534)
-    os.chown(tmp_path / "home" / "mounted", 65534, 65534)
-    script = tmp_path / "script"
-    script.write_text(
-        """
-import os, signal, sys, time
-from blocksnap import errors, mount, pool_client
-from blocksnap.pool import Pool
-os.chdir(sys.argv[1])
-Pool.create("pool", size="64M").close()
-with pool_client.serve("pool") as pool:
-    pool.create_device("base", "32M")
-    pool.make_file_system("base")
-    assert pool.mount("base", "mounted").loop is None
-    open("mounted/file", "w").write("kept")
-    try:
-        pool.device("base").snapshot("snap")
-        raise SystemExit("a snapshot that could not freeze")
-    except errors.BusyError as error:
-        assert "fuse2fs" in str(error)
-    pool.umount("base")
-    pool.device("base").snapshot("snap")
-    pool.mount("snap", "mounted")
-    assert open("mounted/file").read() == "kept"
-    os.kill(pool.server_pid, signal.SIGKILL)
-while True:
-    try:
-        Pool.open("pool").close()
-        break
-    except errors.BusyError:  # it is still ending
-        time.sleep(0.01)
-assert not mount.is_mounted("mounted")
-"""
-    )
-    # The right to look into root's directories, where the interpreter may be.
-    rights = "-all,+dac_read_search"
-    user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
-    user += [f"--inh-caps={rights}", f"--ambient-caps={rights}"]
-    done = subprocess.run(
-        [*user, *command()[:1], script, tmp_path / "home"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert mounts_below(tmp_path) == []

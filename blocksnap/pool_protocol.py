@@ -83,9 +83,10 @@ def send(
         [] if descriptor is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))]
     )
     sent = connection.sendmsg([first], ancillary)
-    connection.sendall(memoryview(first)[sent:])
-    if len(view):
-        connection.sendall(view)
+    for rest in (memoryview(first)[sent:], view):
+        # Sending nothing fails too, once the other end has answered and gone.
+        if len(rest):
+            connection.sendall(rest)
 
 
 def receive(connection: socket.socket) -> Message | None:

@@ -16,11 +16,11 @@ from pathlib import Path
 from . import mount
 from .dead_mounts import end_dead_export
 from .device_export import DeviceExport
+from .engines import EngineDevice
 from .errors import ArgumentError, BlocksnapError, BusyError
 from .file_system import Fuse2fs, make_file_system
 from .mount_users import mount_users
 from .pool import Pool
-from .user_pool import UserDevice
 
 __all__ = ["DeviceMount", "DeviceMounts"]
 
@@ -46,7 +46,7 @@ class _Active:
     """What there is between a device and its mount; loop or process is set."""
 
     shown: DeviceMount
-    handle: UserDevice
+    handle: EngineDevice
     loop: mount.LoopDevice | None = None
     process: Fuse2fs | None = None
     written_before: int = 0
@@ -230,7 +230,7 @@ class DeviceMounts:
         with self._lock:
             return self._devices.setdefault(name, _Device())
 
-    def _expose(self, name: str, stack: ExitStack) -> tuple[UserDevice, Path]:
+    def _expose(self, name: str, stack: ExitStack) -> tuple[EngineDevice, Path]:
         """Export a device until the stack unwinds."""
         handle = self._pool.device(name).hold()
         stack.callback(handle.close)

@@ -68,10 +68,16 @@ class ActiveDevice:
         self._read_only = read_only
         # The sectors at the edges of a request are read, changed and written.
         self._writing = threading.Lock()
-        path = make_node(device.number)
-        mode = os.O_RDONLY if read_only else os.O_RDWR
-        self._fd = os.open(path, mode | os.O_DIRECT | os.O_CLOEXEC)
+        self._fd = -1
+        self.open()
         self._sector = int.from_bytes(fcntl.ioctl(self._fd, _BLKSSZGET, bytes(4)), "little")
+
+    def open(self) -> None:
+        """Open the node, unless it is open."""
+        if self._fd < 0:
+            mode = os.O_RDONLY if self._read_only else os.O_RDWR
+            with self._errors():
+                self._fd = os.open(make_node(self.device.number), mode | os.O_DIRECT | os.O_CLOEXEC)
 
     def close(self) -> None:
         fd, self._fd = self._fd, -1
@@ -172,7 +178,7 @@ class ActiveDevice:
                     self._write_sectors(at, area)
 
     def flush(self) -> None:
-        if self._read_only:
+        if self._read_only or self._fd < 0:
             return
         with self._errors():
             os.fsync(self._fd)

@@ -112,7 +112,8 @@ class KernelPool:
             read_only = read_only or superblock.needs_check
             parts = []
             for path in (metadata, data):
-                parts.append(Backing(path, read_only=read_only))
+                # The kernel opens the data device for writing even if it is not to.
+                parts.append(Backing(path, read_only=read_only and path is metadata))
                 live.callback(parts[-1].close)
             pool = cls(control, parts[0], parts[1], f"the pool of {fspath(metadata)}")
             pool._start(superblock, live, read_only=read_only, passdown=passdown)
@@ -141,7 +142,6 @@ class KernelPool:
             f"blocksnap-{self._identity}-pool",
             [self._target],
             uuid=f"{self._identity}-pool",
-            read_only=read_only,
             private=True,
         )
         live.callback(self._device.remove)
@@ -365,6 +365,7 @@ class KernelPool:
             active = self._active.get(device_id)
             if active is None:
                 active = self._active[device_id] = self._activate(device_id, size, what)
+            active.open()
             active.handles += 1
             handle = KernelDevice(active, what, self._commits, self._resize, self._release)
             self._handles = [each for each in self._handles if not each.closed] + [handle]

@@ -85,6 +85,7 @@ class KernelPool:
     ) -> None:
         """Write an empty pool to two files or devices; the first block of metadata must be zero."""
         _require_kernel_block_size(block_size)
+        Control.open().close()
         UserPool.format(metadata, data, data_bytes=data_bytes, block_size=block_size)
 
     @classmethod

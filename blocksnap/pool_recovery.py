@@ -32,8 +32,8 @@ def open_catalog(files: PoolFiles, engine: Engine, *, adopt: bool = False) -> Ca
             unknown = present - {record.id for record in known}
             taken = {record.name for record in known}
             catalog.adopt([*known, *_named_by_number(engine, unknown, taken)], status.transaction_id)
-        if not status.read_only and status.transaction_id == catalog.transaction_id:
-            _settle(catalog, engine, present)
+        if status.transaction_id == catalog.transaction_id:
+            _settle(catalog, engine, present, files)
             present = {info.id for info in engine.devices()}
         catalog.recover(engine.status().transaction_id)
         _compare(catalog, present, files)
@@ -43,7 +43,7 @@ def open_catalog(files: PoolFiles, engine: Engine, *, adopt: bool = False) -> Ca
     return catalog
 
 
-def _settle(catalog: Catalog, engine: Engine, present: set[int]) -> None:
+def _settle(catalog: Catalog, engine: Engine, present: set[int], files: PoolFiles) -> None:
     """Bring a pool whose engine commits each message to where the intent begins or ends.
 
     Deletions come last and cannot be taken back: if one was made, the rest of the transaction follows.
@@ -54,6 +54,10 @@ def _settle(catalog: Catalog, engine: Engine, present: set[int]) -> None:
     gone = [each for each in deletions if each.record.id not in present]
     whole = made <= present
     unwanted = made if not gone or not whole else {each.record.id for each in deletions}
+    if engine.status().read_only and (gone or unwanted & present):
+        raise PoolFormatError(
+            f"a transaction of pool {files} was interrupted: open it for writing once, which repairs it"
+        )
     for device_id in sorted(unwanted & present):
         engine.delete_device(device_id)
     if gone:

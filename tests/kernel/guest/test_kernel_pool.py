@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +249,15 @@ def change_much(pool: Pool) -> None:
         pool.device("snap").delete()
 
 
+def fail_half_way(pool: Pool) -> None:
+    """Delete two devices, of which the second is found in use when the first is gone."""
+    base = pool.device("base")
+    with pool._engine.open_device(base.id, base.size), suppress(BusyError), pool.transaction():
+        pool.create_device("new", SIZE)
+        pool.device("snap").delete()
+        base.delete()
+
+
 WORK: dict[str, tuple[Callable[[Pool], object], set[str]]] = {
     "create": (lambda pool: pool.create_device("new", SIZE), {"base", "snap", "new"}),
     "snapshot": (lambda pool: pool.device("base").snapshot("new"), {"base", "snap", "new"}),
@@ -280,6 +290,23 @@ def test_a_kill_at_any_step_leaves_all_or_nothing_of_an_operation(path: Path, na
         if names == after or size != SIZE:
             restore(path)
     assert steps > 3
+
+
+def test_a_kill_in_a_transaction_that_fails_half_way_is_recovered(path: Path) -> None:
+    make(path)
+    steps, ended = 0, False
+    while not ended:
+        steps += 1
+        ended = not killed_at(steps, path, fail_half_way)
+        with Pool.open(path, engine="user" if steps % 3 == 0 else "kernel") as pool:
+            names = {device.name for device in pool.devices()}
+            assert names in ({"base", "snap"}, {"base"}, {"new"}), f"killed at step {steps}"
+            assert pool.status().devices == len(names)
+        assert not metadata.check(path / "metadata").findings
+        if names != {"base", "snap"} and not ended:
+            restore(path)
+    assert names == {"base"}
+    assert steps > 10
 
 
 def restore(path: Path) -> None:

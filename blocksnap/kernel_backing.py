@@ -13,14 +13,15 @@ from typing import Self
 
 from . import metadata as metadata_walks
 from .dm_target import DeviceNumber
-from .errors import BusyError, DamagedMetadataError, PoolFormatError, system_errors
+from .errors import BusyError, DamagedMetadataError, NotSupportedError, PoolFormatError, system_errors
 from .mount import LoopDevice
 
-__all__ = ["Backing", "Superblock", "identity_of", "locked", "require_undamaged"]
+__all__ = ["Backing", "Superblock", "identity_of", "locked", "require_block_size", "require_undamaged"]
 
 _METADATA_BLOCK_SIZE = 4096
 _SECTOR = 512
 _NEEDS_CHECK = 1
+_KERNEL_BLOCK, _KERNEL_BLOCK_MAX = 64 << 10, 1 << 30
 
 PathArgument = str | PathLike[str]
 
@@ -69,6 +70,14 @@ def require_undamaged(metadata: PathArgument) -> None:
         raise DamagedMetadataError(
             f'the metadata of the pool are damaged ({first.text}): "blocksnap pool check" tells all,'
             " thin_repair restores them to a new device"
+        )
+
+
+def require_block_size(block_size: int) -> None:
+    if block_size % _KERNEL_BLOCK or not _KERNEL_BLOCK <= block_size <= _KERNEL_BLOCK_MAX:
+        raise NotSupportedError(
+            f"blocks of {block_size} bytes: the kernel takes 64 KiB to 1 GiB in steps of 64 KiB:"
+            ' use engine="user" for this pool'
         )
 
 

@@ -12,14 +12,15 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Self
 
 from ._native import ffi
-from .device_mapper import Device
+from .device_mapper import Device, Target
 from .errors import ArgumentError, BlocksnapError, DeviceIOError, NoSpaceError, PrivilegeError, error_for
 from .mount import mount_table
 from .udev import make_node
-from .user_pool import Buffer, Handle, bytes_of
+from .user_pool import Buffer, Handle, PoolCounters, bytes_of
 
 __all__ = ["ActiveDevice", "IOCounts", "KernelDevice", "users_of"]
 
@@ -43,6 +44,24 @@ class IOCounts:
             self.discarded += discarded
             self.flushes += flushes
             self.commits += commits
+
+    def counters(self, metadata_bytes: int) -> PoolCounters:
+        """Return what is known outside the kernel, which does not tell its copies and zeros (they are 0)."""
+        return PoolCounters(
+            application_bytes=self.written,
+            application_read_bytes=self.read,
+            zero_filled_bytes=0,
+            copied_bytes=0,
+            read_for_copy_bytes=0,
+            metadata_bytes=metadata_bytes,
+            padding_bytes=0,
+            discarded_bytes=self.discarded,
+            blocks_provisioned=0,
+            blocks_copied=0,
+            blocks_overwritten=0,
+            commits=self.commits,
+            flushes=self.flushes,
+        )
 
 
 def users_of(device: Device) -> str:
@@ -176,6 +195,23 @@ class ActiveDevice:
                 if any(area[inside]):
                     area[inside] = bytes(inside.stop - inside.start)
                     self._write_sectors(at, area)
+
+    def resize(self, size: int) -> None:
+        """Load another size; shrinking frees and zeroes what lies behind the new end."""
+        self._require_writable()
+        (target,) = self.device.table()
+        if size < self.size:
+            self._trim(target, size)
+        self.device.replace([replace(target, length=size)])
+        self.size = size
+
+    def _trim(self, target: Target, size: int) -> None:
+        block = self._block_size
+        whole = -(-self.size // block) * block
+        if whole != self.size:  # the kernel discards whole blocks only
+            self.device.replace([replace(target, length=whole)])
+            self.size = whole
+        self.discard(size, whole - size)
 
     def flush(self) -> None:
         if self._read_only or self._fd < 0:

@@ -22,7 +22,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .device_mapper import (
-    UUID_PREFIX,
     Control,
     Device,
     FailedStatus,
@@ -37,17 +36,23 @@ from .errors import (
     BusyError,
     DeviceIOError,
     NoSpaceError,
-    NotSupportedError,
     PoolFormatError,
     PrivilegeError,
 )
-from .kernel_backing import Backing, Superblock, identity_of, locked, require_undamaged
+from .kernel_backing import (
+    Backing,
+    Superblock,
+    identity_of,
+    locked,
+    require_block_size,
+    require_undamaged,
+)
 from .kernel_device import ActiveDevice, IOCounts, KernelDevice, users_of
+from .kernel_leftovers import remove_devices
 from .user_pool import DeviceInfo, EngineStatus, PoolCounters, UserPool
 
-__all__ = ["KernelDevice", "KernelPool", "remove_leftovers"]
+__all__ = ["KernelDevice", "KernelPool"]
 
-_KERNEL_BLOCK, _KERNEL_BLOCK_MAX = 64 << 10, 1 << 30
 _METADATA_RESERVE = 32
 """Metadata blocks that creations leave: a kernel that finds none makes the pool read-only until a check."""
 
@@ -84,7 +89,7 @@ class KernelPool:
         metadata: str | PathLike[str], data: str | PathLike[str], *, data_bytes: int, block_size: int
     ) -> None:
         """Write an empty pool to two files or devices; the first block of metadata must be zero."""
-        _require_kernel_block_size(block_size)
+        require_block_size(block_size)
         Control.open().close()
         UserPool.format(metadata, data, data_bytes=data_bytes, block_size=block_size)
 
@@ -106,10 +111,10 @@ class KernelPool:
         with ExitStack() as held, ExitStack() as live:
             held.enter_context(locked(metadata, shared=read_only))
             control = held.enter_context(Control.open())
-            _remove_devices(control, identity_of(metadata))
+            remove_devices(control, identity_of(metadata))
             require_undamaged(metadata)
             superblock = Superblock.read(metadata)
-            _require_kernel_block_size(superblock.block_size)
+            require_block_size(superblock.block_size)
             read_only = read_only or superblock.needs_check
             parts = []
             for path in (metadata, data):
@@ -290,23 +295,7 @@ class KernelPool:
             )
 
     def counters(self) -> PoolCounters:
-        """Return what is known outside the kernel, which does not tell its copies and zeros (they are 0)."""
-        counts = self._counts
-        return PoolCounters(
-            application_bytes=counts.written,
-            application_read_bytes=counts.read,
-            zero_filled_bytes=0,
-            copied_bytes=0,
-            read_for_copy_bytes=0,
-            metadata_bytes=self._metadata.written_bytes() - self._written_before,
-            padding_bytes=0,
-            discarded_bytes=counts.discarded,
-            blocks_provisioned=0,
-            blocks_copied=0,
-            blocks_overwritten=0,
-            commits=counts.commits,
-            flushes=counts.flushes,
-        )
+        return self._counts.counters(self._metadata.written_bytes() - self._written_before)
 
     def extend(self, data_bytes: int) -> None:
         """Grow to the present sizes of the backing, of the data at most data_bytes (0 = all)."""
@@ -420,21 +409,7 @@ class KernelPool:
 
     def _resize(self, active: ActiveDevice, size: int) -> None:
         with self._lock:
-            (target,) = active.device.table()
-            if size < active.size:
-                self._trim(active, target, size)
-            active.device.replace([replace(target, length=size)])
-            active.size = size
-
-    def _trim(self, active: ActiveDevice, target: object, size: int) -> None:
-        """Free and zero what lies behind a new end."""
-        block = self._target.block_size
-        whole = -(-active.size // block) * block
-        assert isinstance(target, ThinTarget)
-        if whole != active.size:  # the kernel discards whole blocks only
-            active.device.replace([replace(target, length=whole)])
-            active.size = whole
-        active.discard(size, whole - size)
+            active.resize(size)
 
     # ---- metadata
 
@@ -468,51 +443,3 @@ class KernelPool:
         """Return the thin block behind the highest mapped one, 0 for an empty device."""
         with self._view() as view:
             return view.end_of_mappings(device_id)
-
-
-def _require_kernel_block_size(block_size: int) -> None:
-    if block_size % _KERNEL_BLOCK or not _KERNEL_BLOCK <= block_size <= _KERNEL_BLOCK_MAX:
-        raise NotSupportedError(
-            f"blocks of {block_size} bytes: the kernel takes 64 KiB to 1 GiB in steps of 64 KiB:"
-            ' use engine="user" for this pool'
-        )
-
-
-def _leftovers(control: Control, identity: str) -> list[Device]:
-    """Return the devices of a pool in the kernel, the pool itself last."""
-    prefix = f"{UUID_PREFIX}{identity}-"
-    found = [
-        Device(control, entry.name, entry.uuid, entry.number, private=entry.uuid.endswith("-pool"))
-        for entry in control.devices()
-        if entry.uuid.startswith(prefix)
-    ]
-    return sorted(found, key=lambda device: device.private)
-
-
-def _remove_devices(control: Control, identity: str) -> None:
-    found = _leftovers(control, identity)
-    for device in reversed(found):  # a thin device cannot go while its pool is suspended
-        if device.info().suspended:
-            with suppress(BlocksnapError):
-                device.resume()
-    for device in found:
-        try:
-            device.remove()
-        except BusyError:
-            raise BusyError(
-                f"{device.path}, left by a process that was killed, is in use ({users_of(device)}):"
-                " unmount or close it first"
-            ) from None
-
-
-def remove_leftovers(metadata: str | PathLike[str]) -> None:
-    """Take a pool that a killed process left live out of the kernel; BusyError if its process lives."""
-    try:
-        control = Control.open()
-    except (NotSupportedError, PrivilegeError):
-        return
-    with control:
-        identity = identity_of(metadata)
-        if _leftovers(control, identity):
-            with locked(metadata):
-                _remove_devices(control, identity)

@@ -21,7 +21,7 @@ from .errors import (
     NeedsCheckError,
     PrivilegeError,
 )
-from .kernel_pool import remove_leftovers
+from .kernel_leftovers import remove_leftovers
 from .pool_files import (
     PathArgument,
     PoolFiles,

@@ -6,7 +6,7 @@ from typing import Self
 
 from . import metadata as metadata_walks
 from .errors import BusyError, system_errors
-from .kernel_pool import remove_leftovers
+from .kernel_leftovers import remove_leftovers
 from .pool_files import PoolFiles
 
 __all__ = ["PoolImage"]

@@ -23,6 +23,7 @@ PYTHON_LAYERS = [
     {"dead_mounts"},
     {"user_pool"},
     {"kernel_device"},
+    {"kernel_leftovers"},
     {"kernel_pool"},
     {"engines"},
     {"device_export"},

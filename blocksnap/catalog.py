@@ -192,12 +192,15 @@ class Catalog:
             ).fetchall()
         return [Operation(Action(row[0]), _record(row[1:])) for row in rows]
 
-    def intend(self, operations: Sequence[Operation]) -> int:
+    def intend(self, operations: Sequence[Operation], *, again: bool = False) -> int:
         """Write operations down durably; return the transaction id that completes them.
 
         An earlier intent must have been finished in the pool or undone: what is left of it is applied first.
+        With `again` it is that of the same transaction, and replaced.
         """
         with self._change(durable=True):
+            if again:
+                self._database.execute("DELETE FROM intent")
             self._apply_intent()
             completing_id = self._database.execute("SELECT transaction_id + 1 FROM pool").fetchone()[0]
             self._database.executemany(

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from ._native import check, encode, ffi, lib
+from .engines import EngineDevice
+from .errors import NotSupportedError
 from .user_pool import UserDevice
 
 __all__ = ["DeviceExport"]
@@ -23,8 +25,10 @@ class DeviceExport:
     def path(self, name: str) -> Path:
         return self.mountpoint / name
 
-    def add(self, name: str, device: UserDevice) -> None:
+    def add(self, name: str, device: EngineDevice) -> None:
         """Show a device as a file; it must stay open until `remove` or `stop`."""
+        if not isinstance(device, UserDevice):
+            raise NotSupportedError(f"{name} is a block device of the kernel already: mount {device.path}")
         with device.handle() as pointer:
             check(lib.bs_export_add(self._pointer, encode(name), pointer))
 

@@ -19,12 +19,12 @@ from pathlib import Path
 from . import mount
 from .dead_mounts import end_dead_export
 from .device_export import DeviceExport
+from .engines import EngineDevice
 from .errors import ArgumentError, BlocksnapError, BusyError, NeedsCheckError
 from .file_system import Fuse2fs, make_file_system, may_mount
 from .mount_users import mount_users
 from .pool import Pool
 from .thin_device import ThinDevice
-from .user_pool import UserDevice
 
 __all__ = ["DeviceMount", "DeviceMounts"]
 
@@ -51,7 +51,7 @@ class _Active:
     """What there is between a device and its mount; loop or process is set."""
 
     shown: DeviceMount
-    handle: UserDevice
+    handle: EngineDevice
     loop: mount.LoopDevice | None = None
     process: Fuse2fs | None = None
     written_before: int = 0
@@ -235,7 +235,7 @@ class DeviceMounts:
         with self._lock:
             return self._devices.setdefault(name, _Device())
 
-    def _expose(self, name: str, stack: ExitStack) -> tuple[UserDevice, Path]:
+    def _expose(self, name: str, stack: ExitStack) -> tuple[EngineDevice, Path]:
         """Export a device until the stack unwinds."""
         handle = self._pool.device(name).hold()
         stack.callback(handle.close)
@@ -278,7 +278,7 @@ class DeviceMounts:
         self,
         name: str,
         path: Path,
-        handle: UserDevice,
+        handle: EngineDevice,
         target: str,
         read_only: bool,
         options: str,

@@ -12,15 +12,16 @@ from numpy.typing import NDArray
 from . import metadata as metadata_walks
 from .catalog import Catalog, DeviceRecord
 from .dead_mounts import end_dead_export
+from .engines import Engine, EngineDevice, engine_named
 from .errors import (
     ArgumentError,
     BlocksnapError,
     BusyError,
     DeviceNotFoundError,
     NeedsCheckError,
-    NotSupportedError,
     PrivilegeError,
 )
+from .kernel_leftovers import remove_leftovers
 from .pool_files import (
     PathArgument,
     PoolFiles,
@@ -38,7 +39,6 @@ from .pool_report import DeviceUsage, PoolStatus, device_usage, pool_status, rev
 from .pool_transaction import DeviceTable, Transaction
 from .thin_device import ThinDevice, parse_device_size, require_name
 from .units import Size, parse_size
-from .user_pool import UserDevice, UserPool
 
 __all__ = ["Pool"]
 
@@ -51,7 +51,7 @@ class Pool:
     from any thread.
     """
 
-    def __init__(self, files: PoolFiles, engine: UserPool, catalog: Catalog) -> None:
+    def __init__(self, files: PoolFiles, engine: Engine, catalog: Catalog) -> None:
         self._files = files
         self._engine = engine
         self._catalog = catalog
@@ -91,7 +91,7 @@ class Pool:
         change no metadata of its file system. A failure at any moment leaves nothing behind that looks like
         a pool.
         """
-        _require_user_engine(engine)
+        kind = engine_named(engine)
         files = PoolFiles.locate(path, metadata=metadata, data=data, catalog=catalog)
         block_bytes = parse_size(block_size, "block size")
         with creation(files):
@@ -107,8 +107,10 @@ class Pool:
                 # Reserved: a commit that finds no space for its metadata could only be taken back.
                 grow_file(files.metadata, metadata_bytes, reserve=True, preallocate=preallocate)
                 grow_file(files.data, data_bytes, preallocate=preallocate, progress=progress)
-            _format(files, data_bytes, block_bytes)
-        return cls.open(path, metadata=metadata, data=data, catalog=catalog, direct_io=direct_io)
+            _format(kind, files, data_bytes, block_bytes)
+        return cls.open(
+            path, engine=engine, metadata=metadata, data=data, catalog=catalog, direct_io=direct_io
+        )
 
     @classmethod
     def open(
@@ -131,12 +133,13 @@ class Pool:
         Where pool and catalog disagree in a way that no crash explains, PoolFormatError; adopt takes over
         what the pool holds.
         """
-        _require_user_engine(engine)
+        kind = engine_named(engine)
         files = PoolFiles.locate(path, metadata=metadata, data=data, catalog=catalog)
         files.require()
+        remove_leftovers(files.metadata)
         if passdown is None:
             passdown = not fully_allocated(files.data)
-        core = UserPool.open(
+        core = kind.open(
             files.metadata, files.data, read_only=read_only, direct_io=direct_io, passdown=passdown
         )
         try:
@@ -318,7 +321,7 @@ class Pool:
         # A later device that was given the id of a deleted origin is none.
         return origin.name if origin is not None and origin.created <= record.created else None
 
-    def _open_handle(self, record: DeviceRecord) -> UserDevice:
+    def _open_handle(self, record: DeviceRecord) -> EngineDevice:
         return self._engine.open_device(record.id, record.size)
 
     def _snapshot(self, device: ThinDevice, name: str, labels: Mapping[str, str]) -> ThinDevice:
@@ -399,12 +402,8 @@ class Pool:
             if self._read_only or self._failed:
                 yield self._files.metadata
                 return
-            self._engine.commit()
-            self._engine.begin()
-            try:
+            with self._engine.quiescent():
                 yield self._files.metadata
-            finally:
-                self._engine.end(self._transaction_id, self._transaction_id)
 
     def _refuse_in_transaction(self, what: str) -> None:
         if self._transaction is not None and self._transaction_thread == threading.get_ident():
@@ -424,19 +423,12 @@ class Pool:
             raise PrivilegeError(f"pool {self._files} is open read-only: open it for writing")
 
 
-def _require_user_engine(engine: str) -> None:
-    if engine == "kernel":
-        raise NotSupportedError('the kernel engine is not part of this version: use engine "user"')
-    if engine != "user":
-        raise ArgumentError(f'"{engine}" is no engine: use "user"')
-
-
 def _metadata_size(size: Size | None, data_bytes: int, block_size: int) -> int:
     return metadata_size_for(data_bytes, block_size) if size is None else parse_size(size, "metadata size")
 
 
-def _format(files: PoolFiles, data_bytes: int, block_size: int) -> None:
-    UserPool.format(files.metadata, files.data, data_bytes=data_bytes, block_size=block_size)
+def _format(kind: type[Engine], files: PoolFiles, data_bytes: int, block_size: int) -> None:
+    kind.format(files.metadata, files.data, data_bytes=data_bytes, block_size=block_size)
     try:
         Catalog.create(files.catalog, 0).close()
     except BaseException:

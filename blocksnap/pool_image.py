@@ -6,6 +6,7 @@ from typing import Self
 
 from . import metadata as metadata_walks
 from .errors import BusyError, system_errors
+from .kernel_leftovers import remove_leftovers
 from .pool_files import PoolFiles
 
 __all__ = ["PoolImage"]
@@ -16,6 +17,7 @@ class PoolImage:
 
     def __init__(self, files: PoolFiles) -> None:
         files.require()
+        remove_leftovers(files.metadata)
         self._metadata = files.metadata
         with system_errors(str(files.metadata)):
             self._descriptor = os.open(files.metadata, os.O_RDONLY | os.O_CLOEXEC)

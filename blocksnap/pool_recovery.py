@@ -3,17 +3,17 @@
 import time
 from collections.abc import Collection
 
-from .catalog import ADOPT, Catalog, DeviceRecord
+from .catalog import ADOPT, Action, Catalog, DeviceRecord
+from .engines import Engine
 from .errors import PoolFormatError
 from .pool_files import PoolFiles
-from .user_pool import UserPool
 
 __all__ = ["open_catalog"]
 
 _MAX_SIZE = 1 << 62
 
 
-def open_catalog(files: PoolFiles, engine: UserPool, *, adopt: bool = False) -> Catalog:
+def open_catalog(files: PoolFiles, engine: Engine, *, adopt: bool = False) -> Catalog:
     """Return the catalog, recovered and in agreement with the pool; only a writable pool's is changed on
     disk.
 
@@ -32,7 +32,10 @@ def open_catalog(files: PoolFiles, engine: UserPool, *, adopt: bool = False) -> 
             unknown = present - {record.id for record in known}
             taken = {record.name for record in known}
             catalog.adopt([*known, *_named_by_number(engine, unknown, taken)], status.transaction_id)
-        catalog.recover(status.transaction_id)
+        if status.transaction_id == catalog.transaction_id:
+            _settle(catalog, engine, present, files)
+            present = {info.id for info in engine.devices()}
+        catalog.recover(engine.status().transaction_id)
         _compare(catalog, present, files)
     except BaseException:
         catalog.close()
@@ -40,8 +43,34 @@ def open_catalog(files: PoolFiles, engine: UserPool, *, adopt: bool = False) -> 
     return catalog
 
 
+def _settle(catalog: Catalog, engine: Engine, present: set[int], files: PoolFiles) -> None:
+    """Bring a pool whose engine commits each message to where the intent begins or ends.
+
+    Deletions come last and cannot be taken back: if one was made, the rest of the transaction follows.
+    """
+    intended = catalog.intent()
+    made = {each.record.id for each in intended if each.action is Action.CREATE}
+    deletions = [each for each in intended if each.action is Action.DELETE]
+    gone = [each for each in deletions if each.record.id not in present]
+    whole = made <= present
+    unwanted = made if not gone or not whole else {each.record.id for each in deletions}
+    if engine.status().read_only and (gone or unwanted & present):
+        raise PoolFormatError(
+            f"a transaction of pool {files} was interrupted: open it for writing once, which repairs it"
+        )
+    for device_id in sorted(unwanted & present):
+        engine.delete_device(device_id)
+    if gone:
+        if not whole:  # an abort was interrupted
+            catalog.intend(gone, again=True)
+        engine.begin()
+        engine.end(catalog.transaction_id, catalog.transaction_id + 1)
+    elif unwanted & present:
+        engine.commit()
+
+
 def _named_by_number(
-    engine: UserPool, device_ids: Collection[int], taken: Collection[str] = ()
+    engine: Engine, device_ids: Collection[int], taken: Collection[str] = ()
 ) -> list[DeviceRecord]:
     block_size = engine.status().block_size
     return [

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from .engines import Engine
 from .metadata import BlockUsage
-from .user_pool import PoolCounters, UserPool
+from .user_pool import PoolCounters
 
 __all__ = ["REVERSE_MAPPING", "DeviceUsage", "PoolStatus", "device_usage", "pool_status", "reverse_mappings"]
 
@@ -52,11 +53,11 @@ class DeviceUsage:
     shared_bytes: int
 
 
-def pool_status(path: str, engine: UserPool) -> PoolStatus:
+def pool_status(path: str, engine: Engine) -> PoolStatus:
     now = engine.status()
     return PoolStatus(
         path=path,
-        engine="user",
+        engine=engine.name,
         transaction_id=now.transaction_id,
         block_size=now.block_size,
         data_bytes=now.data_blocks * now.block_size,
@@ -91,7 +92,7 @@ def device_usage(found: Iterable[BlockUsage], names: Mapping[int, str], block_si
     return sorted(usages, key=lambda usage: usage.name)
 
 
-def reverse_mappings(engine: UserPool, begin: int, end: int | None) -> NDArray[np.void]:
+def reverse_mappings(engine: Engine, begin: int, end: int | None) -> NDArray[np.void]:
     """Return the runs of data blocks from begin to before end by first data block, then device."""
     runs = [np.empty(0, REVERSE_MAPPING)]
     for device in engine.devices():
@@ -100,7 +101,7 @@ def reverse_mappings(engine: UserPool, begin: int, end: int | None) -> NDArray[n
     return found[np.lexsort((found["thin_begin"], found["device_id"], found["data_begin"]))]
 
 
-def _runs(engine: UserPool, device_id: int, begin: int, end: int | None) -> Iterator[NDArray[np.void]]:
+def _runs(engine: Engine, device_id: int, begin: int, end: int | None) -> Iterator[NDArray[np.void]]:
     for mappings in _whole_runs(engine, device_id):
         inside = mappings["data_block"] >= begin
         if end is not None:
@@ -110,7 +111,7 @@ def _runs(engine: UserPool, device_id: int, begin: int, end: int | None) -> Iter
             yield _joined(device_id, chosen["thin_block"], chosen["data_block"])
 
 
-def _whole_runs(engine: UserPool, device_id: int) -> Iterator[NDArray[np.void]]:
+def _whole_runs(engine: Engine, device_id: int) -> Iterator[NDArray[np.void]]:
     """Yield mappings in arrays that no run of consecutive blocks crosses."""
     rest: NDArray[np.void] | None = None
     for mappings in engine.mappings(device_id):

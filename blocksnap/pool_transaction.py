@@ -1,8 +1,9 @@
 """A pool transaction: operations that reach the pool and the catalog together, or not at all.
 
-Between the engine's begin and end nothing commits, so a crash loses all of it. What adds (creation,
-snapshot, growth) happens at once and is taken back by an abort; what removes (deletion, shrinking) cannot be
-taken back and waits for the end.
+Between the user engine's begin and end nothing commits, so a crash loses all of it. The kernel engine commits
+each message: a creation is written down in the catalog before it is made, so that the next open can take it
+back. What adds (creation, snapshot, growth) happens at once and is taken back by an abort; what removes
+(deletion, shrinking) cannot be taken back and waits for the end.
 """
 
 import time
@@ -12,8 +13,8 @@ from dataclasses import replace
 from functools import partial
 
 from .catalog import MAX_DEVICE_ID, Action, Catalog, DeviceRecord, Operation
+from .engines import Engine, EngineDevice
 from .errors import ArgumentError, BlocksnapError, DeviceExistsError, DeviceNotFoundError, NoSpaceError
-from .user_pool import UserDevice, UserPool
 
 __all__ = ["DeviceTable", "Transaction"]
 
@@ -88,7 +89,7 @@ class Transaction:
 
     def __init__(
         self,
-        engine: UserPool,
+        engine: Engine,
         catalog: Catalog,
         table: DeviceTable,
         transaction_id: int,
@@ -103,7 +104,7 @@ class Transaction:
         self._additions: list[tuple[int, Callable[[], None]]] = []
         self._removals: list[tuple[Operation, Callable[[], None]]] = []
         self._removed: list[Operation] = []
-        self._shrinking: dict[int, UserDevice] = {}
+        self._shrinking: dict[int, EngineDevice] = {}
         self._intended = False
         self.ended = False
         self.transaction_id = transaction_id
@@ -128,13 +129,15 @@ class Transaction:
         if origin is not None and origin.id in self._shrinking:
             raise ArgumentError(f'"{origin.name}" shrinks in this transaction: take its snapshot in the next')
         device_id = self._table.free_id()
+        origin_id = None if origin is None else origin.id
+        record = DeviceRecord(device_id, name, size, time.time_ns(), origin_id, dict(labels))
+        if self._engine.messages_commit:
+            self._intend([*self._operations, Operation(Action.CREATE, record)])
         if origin is None:
             self._engine.create_device(device_id)
         else:
             self._engine.create_snapshot(device_id, origin.id)
         self._additions.append((device_id, partial(self._delete_now, device_id)))
-        origin_id = None if origin is None else origin.id
-        record = DeviceRecord(device_id, name, size, time.time_ns(), origin_id, dict(labels))
         self._record(Action.CREATE, None, record)
         return record
 
@@ -187,8 +190,6 @@ class Transaction:
         """Take back what was added and drop what was to be removed."""
         self._table.take_back()
         removed = {operation.record.id for operation in self._removed}
-        if self._intended:
-            self._catalog.undo()
         for device_id, take_back in reversed(self._additions):
             if device_id not in removed:
                 take_back()
@@ -198,10 +199,14 @@ class Transaction:
         self._end(self._intend(self._removed))
 
     def _intend(self, operations: list[Operation]) -> int:
+        """Write down what the transaction does, in the place of what it was to do before."""
         if not operations:
+            if self._intended:
+                self._catalog.undo()
             return self.transaction_id
+        new_id = self._catalog.intend(operations, again=self._intended)
         self._intended = True
-        return self._catalog.intend(operations)
+        return new_id
 
     def _end(self, new_id: int) -> None:
         for device_id in list(self._shrinking):

@@ -6,9 +6,10 @@ from types import MappingProxyType
 from typing import Protocol
 
 from .catalog import DeviceRecord
+from .engines import EngineDevice
 from .errors import ArgumentError
 from .units import Size, parse_size
-from .user_pool import Buffer, UserDevice
+from .user_pool import Buffer
 
 __all__ = ["SECTOR_SIZE", "ThinDevice", "parse_device_size", "require_name"]
 
@@ -22,7 +23,7 @@ class Owner(Protocol):
 
     def _current(self, record: DeviceRecord) -> DeviceRecord: ...
     def _origin_of(self, record: DeviceRecord) -> str | None: ...
-    def _open_handle(self, record: DeviceRecord) -> UserDevice: ...
+    def _open_handle(self, record: DeviceRecord) -> EngineDevice: ...
     def _refuse_in_transaction(self, what: str) -> None: ...
     def _snapshot(self, device: "ThinDevice", name: str, labels: Mapping[str, str]) -> "ThinDevice": ...
     def _resize(self, device: "ThinDevice", size: int) -> None: ...
@@ -59,8 +60,8 @@ class ThinDevice:
     def __init__(self, pool: Owner, record: DeviceRecord) -> None:
         self._pool = pool
         self._record = record
-        self._handle: UserDevice | None = None
-        self._held: list[UserDevice] = []
+        self._handle: EngineDevice | None = None
+        self._held: list[EngineDevice] = []
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
@@ -134,7 +135,7 @@ class ThinDevice:
         """Delete the device; BusyError while it is exported or mounted."""
         self._pool._delete(self)
 
-    def hold(self) -> UserDevice:
+    def hold(self) -> EngineDevice:
         """Return a handle of its own for an export; until it is closed the device cannot be deleted."""
         record = self._current()
         with self._lock:
@@ -151,7 +152,7 @@ class ThinDevice:
         self._record = self._pool._current(self._record)
         return self._record
 
-    def _open(self) -> UserDevice:
+    def _open(self) -> EngineDevice:
         handle = self._handle
         if handle is None or handle.closed:
             record = self._current()

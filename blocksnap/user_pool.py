@@ -8,6 +8,7 @@ import errno
 import threading
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike, fspath
 from typing import Any, Self
@@ -18,7 +19,17 @@ from numpy.typing import NDArray
 from ._native import check, encode, ffi, lib
 from .errors import ArgumentError
 
-__all__ = ["MAPPING", "Buffer", "DeviceInfo", "EngineStatus", "PoolCounters", "UserDevice", "UserPool"]
+__all__ = [
+    "MAPPING",
+    "Buffer",
+    "DeviceInfo",
+    "EngineStatus",
+    "Handle",
+    "PoolCounters",
+    "UserDevice",
+    "UserPool",
+    "bytes_of",
+]
 
 Buffer = Any
 """Anything with the buffer protocol, contiguous: bytes, bytearray, memoryview, numpy arrays."""
@@ -86,7 +97,7 @@ def _values(struct: Any, kind: type[Any]) -> dict[str, Any]:
     return {name: bool(getattr(struct, name)) if name in _FLAGS else getattr(struct, name) for name in names}
 
 
-class _Handle:
+class Handle:
     """A pointer of the core and the number of calls that are using it."""
 
     __slots__ = ("_idle", "_lock", "_pointer", "_users", "_what")
@@ -133,7 +144,7 @@ class _Handle:
 _char_array = ffi.typeof("char[]")
 
 
-def _bytes_of(buffer: Buffer, offset: int, writable: bool) -> Any:
+def bytes_of(buffer: Buffer, offset: int, writable: bool) -> Any:
     if offset < 0:
         raise ArgumentError(f"offset {offset} is negative")
     try:
@@ -148,7 +159,7 @@ class UserDevice:
     __slots__ = ("__weakref__", "_handle")
 
     def __init__(self, pointer: Any, what: str) -> None:
-        self._handle = _Handle(pointer, what)
+        self._handle = Handle(pointer, what)
 
     @property
     def size(self) -> int:
@@ -159,17 +170,17 @@ class UserDevice:
     def closed(self) -> bool:
         return self._handle.closed
 
-    def handle(self) -> _Handle:
+    def handle(self) -> Handle:
         """Return the handle for another wrapper of the core (the FUSE export): `with` gives the pointer."""
         return self._handle
 
     def read_into(self, offset: int, buffer: Buffer) -> int:
-        target = _bytes_of(buffer, offset, True)
+        target = bytes_of(buffer, offset, True)
         with self._handle as device:
             return check(lib.bs_device_read(device, offset, target, len(target)))
 
     def write(self, offset: int, buffer: Buffer) -> int:
-        source = _bytes_of(buffer, offset, False)
+        source = bytes_of(buffer, offset, False)
         with self._handle as device:
             return check(lib.bs_device_write(device, offset, source, len(source)))
 
@@ -206,8 +217,12 @@ class UserDevice:
 class UserPool:
     """A thin pool opened by the user engine; it belongs to this process until it is closed."""
 
+    name = "user"
+    messages_commit = False
+    """Whether each creation and deletion is durable at once, before end()."""
+
     def __init__(self, pointer: Any, what: str) -> None:
-        self._handle = _Handle(pointer, what)
+        self._handle = Handle(pointer, what)
         self._what = what
         self._devices: weakref.WeakSet[UserDevice] = weakref.WeakSet()
 
@@ -233,14 +248,17 @@ class UserPool:
         read_only: bool = False,
         direct_io: bool = False,
         passdown: bool = False,
+        locked: bool = False,
     ) -> Self:
         """Open and lock a pool; BusyError names the process that holds it.
 
-        With passdown the space of freed data blocks goes back to the backing file system.
+        With passdown the space of freed data blocks goes back to the backing file system. With `locked` the
+        caller holds the lock.
         """
         flags = lib.BS_POOL_READ_ONLY if read_only else 0
         flags |= lib.BS_POOL_DIRECT_IO if direct_io else 0
         flags |= lib.BS_POOL_PASSDOWN if passdown else 0
+        flags |= lib.BS_POOL_LOCKED if locked else 0
         result = ffi.new("struct bs_pool **")
         check(lib.bs_pool_open(encode(fspath(metadata)), encode(fspath(data)), flags, result))
         return cls(result[0], f"the pool of {fspath(metadata)}")
@@ -280,6 +298,17 @@ class UserPool:
         """Commit what happened since begin() together with a new transaction id."""
         with self._handle as pool:
             check(lib.bs_pool_end(pool, current_id, new_id))
+
+    @contextmanager
+    def quiescent(self) -> Iterator[None]:
+        """Commit, and let no commit happen within the block: the metadata stay as they are."""
+        self.commit()
+        self.begin()
+        try:
+            yield
+        finally:
+            current = self.status().transaction_id
+            self.end(current, current)
 
     def status(self) -> EngineStatus:
         result = ffi.new("struct bs_pool_status *")

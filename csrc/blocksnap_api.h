@@ -16,6 +16,7 @@ struct bs_device;
 #define BS_POOL_READ_ONLY 1
 #define BS_POOL_DIRECT_IO 2
 #define BS_POOL_PASSDOWN 4 /* give the space of freed data blocks back to the backing file */
+#define BS_POOL_LOCKED 8   /* the caller holds the lock */
 
 struct bs_pool_status {
 	uint64_t transaction_id;

@@ -78,7 +78,8 @@ static void destroy(struct bs_pool *pool)
 static int open_devices(struct bs_pool *pool, const char *metadata, const char *data, unsigned int flags)
 {
 	unsigned int mode = flags & BS_POOL_READ_ONLY ? IO_READ_ONLY : 0;
-	int r = io_file_open(metadata, mode | (mode ? IO_LOCK_SHARED : IO_LOCK), &pool->metadata_io);
+	unsigned int lock = flags & BS_POOL_LOCKED ? 0 : mode ? IO_LOCK_SHARED : IO_LOCK;
+	int r = io_file_open(metadata, mode | lock, &pool->metadata_io);
 
 	if (r == 0)
 		r = io_file_open(data, mode | (flags & BS_POOL_DIRECT_IO ? IO_DIRECT : 0), &pool->data_io);

@@ -1,0 +1,295 @@
+"""Thin devices that are active in the kernel: byte requests on them, and the handles that share them.
+
+All I/O is direct: a write that the pool has no space for fails at once and not in some later flush, and a
+snapshot needs no page cache written back first.
+"""
+
+import errno
+import fcntl
+import mmap
+import os
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Self
+
+from ._native import ffi
+from .device_mapper import Device, Target
+from .errors import ArgumentError, BlocksnapError, DeviceIOError, NoSpaceError, PrivilegeError, error_for
+from .mount import mount_table
+from .udev import make_node
+from .user_pool import Buffer, Handle, PoolCounters, bytes_of
+
+__all__ = ["ActiveDevice", "IOCounts", "KernelDevice", "users_of"]
+
+_PIECE = 1 << 20
+_BLKDISCARD, _BLKSSZGET = 0x1277, 0x1268
+
+
+class IOCounts:
+    """Bytes and requests that went through the handles of a pool."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.written = self.read = self.discarded = self.flushes = self.commits = 0
+
+    def add(
+        self, *, written: int = 0, read: int = 0, discarded: int = 0, flushes: int = 0, commits: int = 0
+    ) -> None:
+        with self._lock:
+            self.written += written
+            self.read += read
+            self.discarded += discarded
+            self.flushes += flushes
+            self.commits += commits
+
+    def counters(self, metadata_bytes: int) -> PoolCounters:
+        """Return what is known outside the kernel, which does not tell its copies and zeros (they are 0)."""
+        return PoolCounters(
+            application_bytes=self.written,
+            application_read_bytes=self.read,
+            zero_filled_bytes=0,
+            copied_bytes=0,
+            read_for_copy_bytes=0,
+            metadata_bytes=metadata_bytes,
+            padding_bytes=0,
+            discarded_bytes=self.discarded,
+            blocks_provisioned=0,
+            blocks_copied=0,
+            blocks_overwritten=0,
+            commits=self.commits,
+            flushes=self.flushes,
+        )
+
+
+def users_of(device: Device) -> str:
+    """Return who has a device open, as the kernel counts and names them."""
+    mounts = [entry.target for entry in mount_table() if entry.device == str(device.number)]
+    users = [f"mounted at {target}" for target in mounts]
+    users += [f"held by {name}" for name in device.holders()]
+    return ", ".join([f"open {device.info().open_count} times", *users])
+
+
+class ActiveDevice:
+    """A thin device's node, open for direct I/O, and the number of handles that share it."""
+
+    def __init__(
+        self, device: Device, size: int, block_size: int, what: str, counts: IOCounts, *, read_only: bool
+    ) -> None:
+        self.device = device
+        self.size = size
+        self.handles = 0
+        self._block_size = block_size
+        self._what = what
+        self._counts = counts
+        self._read_only = read_only
+        # The sectors at the edges of a request are read, changed and written.
+        self._writing = threading.Lock()
+        self._fd = -1
+        self.open()
+        self._sector = int.from_bytes(fcntl.ioctl(self._fd, _BLKSSZGET, bytes(4)), "little")
+
+    def open(self) -> None:
+        """Open the node, unless it is open."""
+        if self._fd < 0:
+            mode = os.O_RDONLY if self._read_only else os.O_RDWR
+            with self._errors():
+                self._fd = os.open(make_node(self.device.number), mode | os.O_DIRECT | os.O_CLOEXEC)
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except BlocksnapError:
+            raise
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise NoSpaceError(
+                    f'{self._what}: its pool is full: delete devices, or "blocksnap pool extend"'
+                ) from None
+            raise error_for(-(error.errno or errno.EIO), f"{self._what}: {error.strerror}") from None
+
+    def _require_inside(self, offset: int, length: int) -> None:
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise ArgumentError(
+                f"{self._what}: {length} bytes at {offset} are not within its {self.size} bytes"
+            )
+
+    def _require_writable(self) -> None:
+        if self._read_only:
+            raise PrivilegeError(f"{self._what} is open read-only: open its pool for writing")
+
+    def _read_sectors(self, offset: int, area: memoryview) -> None:
+        if os.preadv(self._fd, [area], offset) != len(area):
+            raise DeviceIOError(f"{self._what}: a short read at {offset}: check its data device")
+
+    def _write_sectors(self, offset: int, area: memoryview) -> None:
+        if os.pwritev(self._fd, [area], offset) != len(area):
+            raise DeviceIOError(f"{self._what}: a short write at {offset}: check its data device")
+
+    def _pieces(self, offset: int, length: int) -> Iterator[tuple[int, memoryview, slice, slice]]:
+        """Yield sectors that cover a range, a buffer for them, and the bytes within buffer and range."""
+        sector = self._sector
+        begin, end = offset // sector * sector, -(-(offset + length) // sector) * sector
+        buffer = memoryview(mmap.mmap(-1, max(min(_PIECE, end - begin), sector)))
+        while begin < offset + length:
+            area = buffer[: min(_PIECE, end - begin)]
+            first, last = max(begin, offset), min(begin + len(area), offset + length)
+            yield begin, area, slice(first - begin, last - begin), slice(first - offset, last - offset)
+            begin += len(area)
+
+    def read(self, offset: int, target: memoryview) -> None:
+        self._require_inside(offset, len(target))
+        with self._errors():
+            for at, area, inside, part in self._pieces(offset, len(target)):
+                self._read_sectors(at, area)
+                target[part] = area[inside]
+        self._counts.add(read=len(target))
+
+    def write(self, offset: int, source: memoryview) -> None:
+        self._require_inside(offset, len(source))
+        self._require_writable()
+        with self._errors(), self._writing:
+            for at, area, inside, part in self._pieces(offset, len(source)):
+                self._read_edges(at, area, inside)
+                area[inside] = source[part]
+                self._write_sectors(at, area)
+        self._counts.add(written=len(source))
+
+    def _read_edges(self, at: int, area: memoryview, inside: slice) -> None:
+        sector = self._sector
+        if inside.start > 0:
+            self._read_sectors(at, area[:sector])
+        if inside.stop < len(area) and (inside.start == 0 or len(area) > sector):
+            self._read_sectors(at + len(area) - sector, area[-sector:])
+
+    def discard(self, offset: int, length: int) -> None:
+        """Unmap the whole blocks of a range and zero the rest of it."""
+        self._require_inside(offset, length)
+        self._require_writable()
+        block = self._block_size
+        first, last = -(-offset // block) * block, (offset + length) // block * block
+        with self._errors():
+            if first >= last:
+                self._zero(offset, length)
+            else:
+                self._zero(offset, first - offset)
+                fcntl.ioctl(self._fd, _BLKDISCARD, struct.pack("QQ", first, last - first))
+                self._zero(last, offset + length - last)
+        self._counts.add(discarded=max(last - first, 0))
+
+    def _zero(self, offset: int, length: int) -> None:
+        """Zero what is not zero already: writing to a hole would provision it."""
+        if length == 0:
+            return
+        with self._writing:
+            for at, area, inside, _ in self._pieces(offset, length):
+                self._read_sectors(at, area)
+                if any(area[inside]):
+                    area[inside] = bytes(inside.stop - inside.start)
+                    self._write_sectors(at, area)
+
+    def resize(self, size: int) -> None:
+        """Load another size; shrinking frees and zeroes what lies behind the new end."""
+        self._require_writable()
+        (target,) = self.device.table()
+        if size < self.size:
+            self._trim(target, size)
+        self.device.replace([replace(target, length=size)])
+        self.size = size
+
+    def _trim(self, target: Target, size: int) -> None:
+        block = self._block_size
+        whole = -(-self.size // block) * block
+        if whole != self.size:  # the kernel discards whole blocks only
+            self.device.replace([replace(target, length=whole)])
+            self.size = whole
+        self.discard(size, whole - size)
+
+    def flush(self) -> None:
+        if self._read_only or self._fd < 0:
+            return
+        with self._errors():
+            os.fsync(self._fd)
+        self._counts.add(flushes=1)
+
+
+class KernelDevice:
+    """A handle of an active thin device."""
+
+    __slots__ = ("__weakref__", "_commits", "_handle", "_release", "_resize")
+
+    def __init__(
+        self,
+        active: ActiveDevice,
+        what: str,
+        commits: threading.Lock,
+        resize: Callable[[ActiveDevice, int], None],
+        release: Callable[[ActiveDevice], None],
+    ) -> None:
+        """`commits` is held while the pool may not commit; `release` is called with the last call over."""
+        self._handle = Handle(active, what)
+        self._commits = commits
+        self._resize = resize
+        self._release = release
+
+    @property
+    def size(self) -> int:
+        with self._handle as active:
+            return int(active.size)
+
+    @property
+    def path(self) -> str:
+        """The block device, which programs may open or mount."""
+        with self._handle as active:
+            return str(active.device.path)
+
+    @property
+    def closed(self) -> bool:
+        return self._handle.closed
+
+    def read_into(self, offset: int, buffer: Buffer) -> int:
+        target = bytes_of(buffer, offset, True)
+        with self._handle as active:
+            active.read(offset, memoryview(ffi.buffer(target)))
+        return len(target)
+
+    def write(self, offset: int, buffer: Buffer) -> int:
+        source = bytes_of(buffer, offset, False)
+        with self._handle as active:
+            active.write(offset, memoryview(ffi.buffer(source)))
+        return len(source)
+
+    def discard(self, offset: int, length: int) -> None:
+        with self._handle as active:
+            active.discard(offset, length)
+
+    def flush(self) -> None:
+        with self._handle as active, self._commits:
+            active.flush()
+
+    def resize(self, size: int) -> None:
+        with self._handle as active:
+            self._resize(active, size)
+
+    def close(self) -> None:
+        active = self._handle.take()
+        if active is not None:
+            self._release(active)
+
+    def forget(self) -> None:
+        """Let go of the device once no call uses it, and leave it active."""
+        self._handle.take()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

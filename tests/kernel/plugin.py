@@ -140,7 +140,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     if item.config.getoption("--kernel") == "host" or not _is_kernel_test(item):
         return None
     stash = item.session.stash
@@ -150,6 +150,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
     for report in stash[_session].reports(item):
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    # The test before may have left its module set up for this one, which was run elsewhere.
+    item.session._setupstate.teardown_exact(nextitem)
     return True
 
 

@@ -7,6 +7,7 @@ admin-guide/device-mapper, thin-provisioning.rst and snapshot.rst.
 import os
 import re
 import stat
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import ClassVar, NamedTuple, Self
@@ -222,7 +223,7 @@ Status = ThinPoolStatus | ThinStatus | SnapshotStatus | FailedStatus | OtherStat
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class Target(ABC):
     """One line of a table, `length` bytes of the device."""
 
     type: ClassVar[str]
@@ -237,13 +238,9 @@ class Target:
         """The kernel's word for the target."""
         return self.type
 
+    @abstractmethod
     def parameters(self) -> str:
-        raise NotImplementedError
-
-    @classmethod
-    def parse(cls, length: int, text: str) -> Self:
-        """Return the target of a line that the kernel printed."""
-        raise NotImplementedError
+        """Return the target's own words in a table line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -409,8 +406,15 @@ def _fields(text: str, least: int) -> list[str]:
     return fields
 
 
-_KINDS = (LinearTarget, ThinPoolTarget, ThinTarget, SnapshotTarget, SnapshotOriginTarget)
-_TARGETS: dict[str, type[Target]] = {kind.type: kind for kind in _KINDS}
+_Known = LinearTarget | ThinPoolTarget | ThinTarget | SnapshotTarget | SnapshotOriginTarget
+_KINDS: tuple[type[_Known], ...] = (
+    LinearTarget,
+    ThinPoolTarget,
+    ThinTarget,
+    SnapshotTarget,
+    SnapshotOriginTarget,
+)
+_TARGETS = {kind.type: kind for kind in _KINDS}
 
 
 def _split_line(line: str) -> tuple[int, str, str]:

@@ -17,7 +17,7 @@ PYTHON_LAYERS = [
     {"_native"},
     {"dm_target"},
     {"dm_control", "dm_cookie"},
-    {"mount", "metadata", "archive", "device_mapper", "udev"},
+    {"mount", "metadata", "archive", "device_mapper", "udev", "traces"},
     {"kernel_backing"},
     {"file_system", "mount_users"},
     {"dead_mounts"},

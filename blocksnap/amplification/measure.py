@@ -46,8 +46,7 @@ def targets_for(names: Sequence[str], block_sizes: Sequence[int]) -> list[Target
     """
     targets: list[Target] = []
     for name in dict.fromkeys(names):
-        sizes = block_sizes if _has_block_size(name) else (None,)
-        targets += [Target(name, size) for size in dict.fromkeys(sizes)]
+        targets += [Target(name, size) for size in dict.fromkeys(_block_sizes(name, block_sizes))]
     if not targets:
         raise ArgumentError("nothing to compare: name at least one driver and one block size")
     return targets
@@ -97,13 +96,13 @@ def _sentence(error: Exception) -> str:
     return str(error) if isinstance(error, BlocksnapError | OSError) else f"{type(error).__name__}: {error}"
 
 
-def _has_block_size(name: str) -> bool:
+def _block_sizes(name: str, wanted: Sequence[int]) -> Sequence[int | None]:
     if name == BASELINE:
-        return False
+        return (None,)
     try:
-        return "block_size" in inspect.signature(drivers.driver_class(name)).parameters
+        return drivers.driver_class(name).block_sizes(wanted)
     except NotSupportedError:
-        return False
+        return (None,)
 
 
 def _may_use_loop() -> bool:
@@ -168,15 +167,15 @@ class _Run:
             if os.geteuid() != 0:
                 raise _CannotRunError("needs root to bind-mount a directory")
             return Volume(bed.root)
-        options: dict[str, object] = {}
-        if self.target.block_size is not None:
-            options = {
-                "block_size": self.target.block_size,
-                "size": self._pool_size,
-                "base_size": self._file_system_size,
-                "preallocate": True,
-            }
+        options = {
+            "block_size": self.target.block_size,
+            "size": self._pool_size,
+            "base_size": self._file_system_size,
+            "preallocate": True,
+        }
         try:
+            known = inspect.signature(drivers.driver_class(self.target.driver)).parameters
+            options = {name: value for name, value in options.items() if name in known}
             return drivers.open(self.target.driver, bed.root / "driver", **options)
         except NotSupportedError as error:
             prefix = f'driver "{self.target.driver}" cannot run here: '

@@ -15,7 +15,7 @@ leave a root in which the id does not exist.
 import re
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +88,11 @@ class Driver(ABC):
     def missing(cls, root: Path) -> str | None:  # noqa: ARG003 - the general driver needs nothing
         """Return why this driver cannot run at root on this machine, None when it can."""
         return None
+
+    @classmethod
+    def block_sizes(cls, wanted: Sequence[int]) -> Sequence[int | None]:  # noqa: ARG003 - the general driver has none
+        """Return at which of the wanted block sizes the driver can be compared; one None if it has none."""
+        return (None,)
 
     # ---- layers ----------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ mounts outlives this process, and several processes work on one root.
 """
 
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
@@ -28,7 +29,6 @@ from .directory import backing_filesystem
 __all__ = ["ThinDriver"]
 
 _BASE = ".base"  # no layer id begins with a dot
-_KINDS = " or ".join(FILE_SYSTEMS)
 _KINDS = " or ".join(FILE_SYSTEMS)
 _PARENT = "parent"
 _FILE_SYSTEM = "filesystem"
@@ -86,6 +86,10 @@ class ThinDriver(Driver):
             if find_program(program) is None:
                 return f"{program} is not installed: apt install {package}"
         return None
+
+    @classmethod
+    def block_sizes(cls, wanted: Sequence[int]) -> Sequence[int | None]:
+        return wanted
 
     def close(self) -> None:
         """Part from the pool's server, which ends unless a layer is mounted or others use it."""

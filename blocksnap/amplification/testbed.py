@@ -1,5 +1,4 @@
-"""Where a driver is measured: a fresh ext4 file system on a loop device of its own, whose counter nobody else
-moves.
+"""Where a driver is measured: a fresh file system on a loop device of its own, which nobody else writes to.
 
 A work directory (`blocksnap-compare-*`) belongs to one process, which holds its file `owner` locked; whoever
 can take that lock may clear the directory away.
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from .. import mount
 from ..errors import BlocksnapError, BusyError, NoSpaceError, NotSupportedError
+from ..file_system import find_program
 from .verdict import format_bytes
 
 __all__ = [
@@ -27,6 +27,8 @@ __all__ = [
     "Testbed",
     "check_space",
     "clear_below",
+    "make_file_system",
+    "missing_for",
     "open_testbed",
     "owner_is_alive",
     "work_directory",
@@ -34,6 +36,16 @@ __all__ = [
 
 DEFAULT_WORK_DIR = Path("/var/tmp")  # unlike /tmp it is seldom in memory
 PREFIX = "blocksnap-compare-"
+
+# How each kind is made, so that the kernel has nothing left to initialise in it; the package that can; how it
+# is mounted: nothing is discarded behind the back of what is measured.
+_MKFS = {
+    "ext4": ("mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0"),
+    "xfs": ("mkfs.xfs", "-q", "-f", "-m", "reflink=1"),
+    "btrfs": ("mkfs.btrfs", "-q", "-f"),
+}
+_PACKAGES = {"ext4": "e2fsprogs", "xfs": "xfsprogs", "btrfs": "btrfs-progs"}
+_OPTIONS = {"btrfs": "nodiscard"}
 
 _QUIET_SECONDS = 0.15
 _QUIET_TIMEOUT = 5.0
@@ -109,9 +121,9 @@ def owner_is_alive(directory: Path) -> bool:
 
 @contextmanager
 def open_testbed(
-    directory: Path, name: str, size: int, *, on_loop: bool, keep: bool = False
+    directory: Path, name: str, size: int, *, on_loop: bool, keep: bool = False, file_system: str = "ext4"
 ) -> Iterator[Testbed]:
-    """Give a fresh testbed of `size` bytes in a work directory; with keep its file NAME.ext4 stays."""
+    """Give a fresh testbed of `size` bytes in a work directory; with keep its file NAME.FILE_SYSTEM stays."""
     root = directory / name
     root.mkdir()
     with ExitStack() as stack:
@@ -119,35 +131,44 @@ def open_testbed(
         if not on_loop:
             yield Testbed(root, None)
             return
-        backing = directory / f"{name}.ext4"
+        backing = directory / f"{name}.{file_system}"
         if not keep:
             stack.callback(backing.unlink, missing_ok=True)
-        loop = mount.LoopDevice.attach(_make_file_system(backing, size), direct_io=True, autoclear=True)
+        make_file_system(backing, size, file_system)
+        loop = mount.LoopDevice.attach(backing, direct_io=True, autoclear=True)
         stack.callback(_detach, loop)
-        mount.mount(loop.path, root, "ext4")
+        mount.mount(loop.path, root, file_system, options=_OPTIONS.get(file_system, ""))
         stack.callback(clear_below, root)
         stack.callback(_wait_for_servers, root)
-        (root / "lost+found").rmdir()
+        if file_system == "ext4":
+            (root / "lost+found").rmdir()
         yield Testbed(root, loop)
 
 
-def _make_file_system(backing: Path, size: int) -> Path:
-    """Make a sparse file with an ext4 on it that the kernel has nothing left to initialise in."""
+def missing_for(file_system: str) -> str | None:
+    """Return why no testbed with this file system can be made here, None when it can."""
+    if find_program(_MKFS[file_system][0]) is None:
+        return f"{_MKFS[file_system][0]} is not installed: apt install {_PACKAGES[file_system]}"
+    if file_system in Path("/proc/filesystems").read_text().split():
+        return None
+    modprobe = find_program("modprobe")
+    if modprobe and subprocess.run([modprobe, "-n", "-q", file_system], check=False).returncode == 0:
+        return None  # mount(2) has it loaded
+    return f"this kernel has no {file_system}: load its module"
+
+
+def make_file_system(backing: Path, size: int, kind: str) -> None:
+    """Make a sparse file with a file system on it that the kernel has nothing left to initialise in."""
+    if (reason := missing_for(kind)) is not None:
+        raise NotSupportedError(reason)
     with backing.open("wb") as file:
         file.truncate(size)
-    options = ["-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0"]
+    program, *options = _MKFS[kind]
+    command = [find_program(program) or program, *options, str(backing)]
     try:
-        subprocess.run([_mkfs(), *options, str(backing)], check=True, capture_output=True, text=True)
+        subprocess.run(command, check=True, capture_output=True, text=True)
     except subprocess.CalledProcessError as error:
-        raise BlocksnapError(f"mkfs.ext4 on {backing} failed: {error.stderr.strip()}") from None
-    return backing
-
-
-def _mkfs() -> str:
-    path = shutil.which("mkfs.ext4") or shutil.which("mkfs.ext4", path="/usr/sbin:/sbin")
-    if path is None:
-        raise NotSupportedError("mkfs.ext4 is not installed: apt install e2fsprogs")
-    return path
+        raise BlocksnapError(f"{program} on {backing} failed: {error.stderr.strip()}") from None
 
 
 def check_space(directory: Path, needed: int) -> None:

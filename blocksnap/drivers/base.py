@@ -15,7 +15,7 @@ leave a root in which the id does not exist.
 import re
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,15 @@ from types import TracebackType
 from typing import BinaryIO, ClassVar, Self, cast
 
 from .. import archive, mount
-from ..errors import ArgumentError, BusyError, LayerExistsError, LayerNotFoundError, system_errors
+from ..errors import (
+    ArgumentError,
+    BusyError,
+    LayerExistsError,
+    LayerNotFoundError,
+    NotSupportedError,
+    system_errors,
+)
+from ..units import parse_size
 from .root import DriverRoot, Holder
 
 __all__ = ["Accounting", "Driver", "check_id"]
@@ -61,10 +69,19 @@ class Accounting:
     allocated_bytes: int | None = None
 
 
+def _size_of(storage_opt: Mapping[str, str]) -> int | None:
+    """Return the size that the storage options ask for, None when they do not."""
+    if unknown := sorted(storage_opt.keys() - {"size"}):
+        raise ArgumentError(f'there is no storage option "{unknown[0]}": the one there is is size')
+    return parse_size(storage_opt["size"], "layer size") if "size" in storage_opt else None
+
+
 class Driver(ABC):
     """Layers in one root directory. Several processes may open a root, each change takes its lock."""
 
     name: ClassVar[str]
+    file_system: ClassVar[str] = "ext4"
+    """What the root is put on where the driver is measured and tested."""
 
     def __init__(self, root: Path) -> None:
         self.root = Path(root).resolve()
@@ -96,13 +113,21 @@ class Driver(ABC):
 
     # ---- layers ----------------------------------------------------------------------------------
 
-    def create(self, id: str, parent: str | None = None) -> None:
-        """Make a layer, empty or like its parent, to be filled by apply_diff and then to be a parent."""
-        self._new(id, parent, writable=False)
+    def create(
+        self, id: str, parent: str | None = None, *, storage_opt: Mapping[str, str] | None = None
+    ) -> None:
+        """Make a layer, empty or like its parent, to be filled by apply_diff and then to be a parent.
 
-    def create_read_write(self, id: str, parent: str | None = None) -> None:
-        """Make a layer for a container to write to."""
-        self._new(id, parent, writable=True)
+        The one storage option is Docker's {"size": "10G"}: no more than that shall fit into the layer, all
+        that it shows of its parents included. Raises NotSupportedError where the driver cannot see to that.
+        """
+        self._new(id, parent, writable=False, storage_opt=storage_opt)
+
+    def create_read_write(
+        self, id: str, parent: str | None = None, *, storage_opt: Mapping[str, str] | None = None
+    ) -> None:
+        """Make a layer for a container to write to; storage options are those of `create`."""
+        self._new(id, parent, writable=True, storage_opt=storage_opt)
 
     def snapshot(self, id: str, origin: str) -> None:
         """Make a layer with the parent and the present state of another, which goes on independently.
@@ -258,6 +283,12 @@ class Driver(ABC):
     @abstractmethod
     def _create(self, id: str, parent: str | None, *, writable: bool) -> None: ...
 
+    def _create_limited(self, id: str, parent: str | None, *, writable: bool, size: int) -> None:  # noqa: ARG002
+        """Make a layer of limited size; for drivers that can."""
+        raise NotSupportedError(
+            f'driver "{self.name}" cannot limit layer "{id}" to a size: leave the storage option size out'
+        )
+
     @abstractmethod
     def _remove(self, id: str) -> None: ...
 
@@ -269,14 +300,20 @@ class Driver(ABC):
 
     # ---- checks ----------------------------------------------------------------------------------
 
-    def _new(self, id: str, parent: str | None, *, writable: bool) -> None:
+    def _new(
+        self, id: str, parent: str | None, *, writable: bool, storage_opt: Mapping[str, str] | None
+    ) -> None:
+        size = _size_of(storage_opt or {})
         with self._home.lock.hold(), system_errors(f"layer {id}"):
             self._check_new(id)
             if parent is not None and not self.exists(check_id(parent)):
                 raise LayerNotFoundError(
                     f'layer "{id}" wants the parent "{parent}", which is not in {self.root}'
                 )
-            self._create(id, parent, writable=writable)
+            if size is None:
+                self._create(id, parent, writable=writable)
+            else:
+                self._create_limited(id, parent, writable=writable, size=size)
 
     def _check_new(self, id: str) -> None:
         if self.exists(check_id(id)):

@@ -1,8 +1,6 @@
-"""Drivers under test, each with an ext4 file system of its own."""
+"""Drivers under test, each with a file system of its own, of the kind that the driver is measured on."""
 
 import os
-import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,27 +8,35 @@ from pathlib import Path
 import pytest
 
 from blocksnap import drivers, errors, mount
+from blocksnap.amplification.testbed import make_file_system, missing_for
 
 OpenDriver = Callable[[], drivers.Driver]
 
+SIZE = 4 << 30
 
-def can_loop() -> bool:
-    return os.geteuid() == 0 and os.access("/dev/loop-control", os.W_OK) and bool(shutil.which("mkfs.ext4"))
+
+def can_loop(file_system: str) -> bool:
+    may = os.geteuid() == 0 and os.access("/dev/loop-control", os.W_OK)
+    return may and missing_for(file_system) is None
+
+
+@pytest.fixture(params=[name for name, _ in drivers.available()])
+def registered_name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Iterator[Path]:
-    """A directory on a fresh ext4; an ordinary user gets a plain one."""
-    if not can_loop():
+def root(tmp_path: Path, registered_name: str) -> Iterator[Path]:
+    """A directory on a fresh file system; an ordinary user gets a plain one."""
+    kind = drivers.driver_class(registered_name).file_system
+    if not can_loop(kind):
         yield tmp_path / "root"
         return
     image, target = tmp_path / "image", tmp_path / "mounted"
     target.mkdir()
-    with image.open("wb") as file:
-        file.truncate(4 << 30)
-    subprocess.run(["mkfs.ext4", "-q", "-F", image], check=True)
+    make_file_system(image, SIZE, kind)
     with mount.LoopDevice.attach(image) as loop:
-        mount.mount(loop.path, target, "ext4")
+        mount.mount(loop.path, target, kind)
         try:
             yield target / "root"
         finally:
@@ -51,12 +57,11 @@ def unmount_when_free(target: Path, seconds: float = 20) -> None:
             time.sleep(0.05)
 
 
-@pytest.fixture(params=[name for name, _ in drivers.available()])
-def driver_name(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    name = str(request.param)
-    if reason := dict(drivers.available(tmp_path))[name]:
-        pytest.skip(f"{name}: {reason}")
-    return name
+@pytest.fixture
+def driver_name(registered_name: str, root: Path) -> str:
+    if reason := dict(drivers.available(root))[registered_name]:
+        pytest.skip(f"{registered_name}: {reason}")
+    return registered_name
 
 
 @pytest.fixture

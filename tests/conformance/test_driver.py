@@ -513,6 +513,25 @@ def test_taken_id_and_unknown_parent_are_refused(driver: Driver) -> None:
     assert driver.layers() == ["layer"]
 
 
+def test_unknown_storage_option_is_refused(driver: Driver) -> None:
+    with pytest.raises(errors.ArgumentError, match='no storage option "colour"'):
+        driver.create_read_write("layer", storage_opt={"colour": "red"})
+    with pytest.raises(errors.ArgumentError, match="is not a size"):
+        driver.create("layer", storage_opt={"size": "large"})
+    assert driver.layers() == []
+
+
+def test_limit_of_a_layer_is_kept_or_refused(driver: Driver) -> None:
+    try:
+        driver.create_read_write("layer", storage_opt={"size": "20G"})
+    except errors.NotSupportedError:
+        assert driver.layers() == []
+        return
+    with driver.mounted("layer") as root:
+        (root / "file").write_text("text")
+    assert driver.layers() == ["layer"]
+
+
 def test_unknown_layer_is_named(driver: Driver) -> None:
     calls: list[Callable[[str], object]] = [
         driver.get,

@@ -340,3 +340,70 @@ int bs_dm_cookie_create(uint32_t *ret);
 int bs_dm_cookie_wait(uint32_t cookie, int timeout_ms);
 /* Must follow every bs_dm_cookie_create; a cookie that is gone is accepted. */
 void bs_dm_cookie_destroy(uint32_t cookie);
+
+/* ---- block traces (trace_text.c, trace_blktrace.c) ---- */
+
+/* One request; time in nanoseconds. The same bytes as REQUEST of traces/request.py. */
+struct bs_request {
+	uint64_t time;
+	uint64_t offset;
+	uint64_t length;
+	uint32_t kind;
+	uint32_t device;
+};
+
+#define BS_TRACE_READ 0
+#define BS_TRACE_WRITE 1
+#define BS_TRACE_DISCARD 2
+#define BS_TRACE_FLUSH 3
+#define BS_TRACE_WAIT 4    /* in a text only: the offset's field says how many microseconds pass */
+#define BS_TRACE_NOTHING 5 /* in a text only: not a request */
+
+/* Which field of a line holds what, from 0 on; -1: none. Only offset, length and kind must be there. */
+struct bs_trace_layout {
+	char separator; /* ' ' stands for any run of blanks */
+	bool letters;   /* the kind is in blkparse's letters, not in words */
+	bool ordered;   /* a time before that of the line before is bad */
+	int32_t time;
+	int32_t offset;
+	int32_t length;
+	int32_t kind;
+	int32_t device;
+	int32_t host;   /* of the device: its number is added from bit 16 on */
+	int32_t filter; /* only lines that have filter_word there are requests */
+	char filter_word[8];
+	uint64_t time_unit;   /* nanoseconds */
+	uint64_t offset_unit; /* bytes */
+	uint64_t length_unit;
+};
+
+/* What an operation is called, whatever the case; the first eight characters count. */
+struct bs_trace_word {
+	char text[8];
+	uint32_t kind;
+};
+
+struct bs_trace_progress {
+	uint64_t consumed; /* bytes of this call's input */
+	uint64_t count;    /* requests of this call */
+	uint64_t record;   /* the last one read, from 1 on */
+	uint64_t line;
+};
+
+struct bs_trace_parser;
+
+int bs_trace_parser_create(const struct bs_trace_layout *layout, const struct bs_trace_word *words,
+	int nr_words, struct bs_trace_parser **ret);
+void bs_trace_parser_destroy(struct bs_trace_parser *parser);
+/* Read whole lines until the text ends or no two more requests fit. Fails behind a bad line (-EBADMSG); ret is
+ * right then too, and calling again with the rest goes on. */
+int bs_trace_parser_parse(struct bs_trace_parser *parser, const char *text, size_t length,
+	struct bs_request *out, size_t capacity, struct bs_trace_progress *ret);
+/* The name that stands for a device or host number of this parser, with a NUL; returns its length. -ENODATA:
+ * there is none. */
+int bs_trace_parser_name(const struct bs_trace_parser *parser, int number, char *out, int capacity);
+
+/* Read whole records of a blktrace file, requests from events of one action (1 queue, 7 issue, 8 complete).
+ * ret->record is where to count on from. -EBADMSG behind a bad record; -EUCLEAN if no record can be found here. */
+int bs_trace_blktrace(const void *data, size_t length, uint32_t action, bool swapped, struct bs_request *out,
+	size_t capacity, struct bs_trace_progress *ret);

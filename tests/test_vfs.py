@@ -1,16 +1,15 @@
 """What is particular to the vfs driver: full copies of everything a tree can hold."""
 
 import os
-import shutil
 import stat
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from blocksnap import drivers, errors, mount
+from blocksnap import drivers, errors
 from blocksnap.drivers.vfs import VfsDriver
+from tests.file_systems import fresh_file_system, used_bytes
 from tests.trees import compare_trees
 
 SIZE = 16 << 20
@@ -23,25 +22,8 @@ def driver(tmp_path: Path) -> VfsDriver:
 
 @pytest.fixture
 def xfs(tmp_path: Path) -> Iterator[Path]:
-    if os.geteuid() != 0 or not os.access("/dev/loop-control", os.W_OK) or not shutil.which("mkfs.xfs"):
-        pytest.skip("needs root, /dev/loop-control and mkfs.xfs")
-    image, target = tmp_path / "image", tmp_path / "xfs"
-    target.mkdir()
-    with image.open("wb") as file:
-        file.truncate(512 << 20)
-    subprocess.run(["mkfs.xfs", "-q", "-m", "reflink=1", image], check=True)
-    with mount.LoopDevice.attach(image) as loop:
-        mount.mount(loop.path, target, "xfs")
-        try:
-            yield target
-        finally:
-            mount.unmount(target)
-
-
-def used(path: Path) -> int:
-    mount.sync_filesystem(path)
-    info = os.statvfs(path)
-    return (info.f_blocks - info.f_bfree) * info.f_frsize
+    with fresh_file_system(tmp_path, "xfs") as target:
+        yield target
 
 
 def make_large(driver: VfsDriver) -> None:
@@ -50,29 +32,45 @@ def make_large(driver: VfsDriver) -> None:
         (root / "large").write_bytes(os.urandom(SIZE))
 
 
-def test_copies_are_full_unless_reflinks_are_asked_for(xfs: Path) -> None:
-    driver = VfsDriver(xfs / "root")
+def test_copies_are_full_when_reflinks_are_turned_off(xfs: Path) -> None:
+    driver = VfsDriver(xfs / "root", reflink=False)
     make_large(driver)
-    before = used(xfs)
+    before = used_bytes(xfs)
     driver.create("child", "base")
-    assert used(xfs) - before >= SIZE
+    assert used_bytes(xfs) - before >= SIZE
     assert driver.accounting("child").copy_bytes == SIZE
 
 
 def test_reflinks_share_blocks(xfs: Path) -> None:
-    driver = VfsDriver(xfs / "root", reflink=True)
+    driver = VfsDriver(xfs / "root")
     make_large(driver)
-    before = used(xfs)
+    before = used_bytes(xfs)
     driver.create("child", "base")
-    assert used(xfs) - before < SIZE // 4
+    assert used_bytes(xfs) - before < SIZE // 4
     assert driver.accounting("child").copy_bytes == 0
+    assert (driver.accounting("child").allocated_bytes or 0) < SIZE // 4
     with driver.mounted("base") as base, driver.mounted("child") as child:
         assert compare_trees(base, child) == []
 
 
+def test_change_to_a_reflinked_file_takes_its_blocks_alone(xfs: Path) -> None:
+    driver = VfsDriver(xfs / "root")
+    make_large(driver)
+    driver.create("child", "base")
+    before = driver.accounting("child").allocated_bytes
+    with driver.mounted("child") as root, (root / "large").open("r+b") as file:
+        file.seek(SIZE // 2)
+        file.write(bytes(5000))
+    driver.sync()
+    after = driver.accounting("child").allocated_bytes
+    assert before is not None
+    assert after is not None
+    assert after - before == 8192
+
+
 def test_reflinks_fall_back_to_copies(tmp_path: Path) -> None:
     # ext4 and tmpfs have no reflinks; where /tmp can, nothing is copied.
-    driver = VfsDriver(tmp_path / "root", reflink=True)
+    driver = VfsDriver(tmp_path / "root")
     make_large(driver)
     driver.create("child", "base")
     assert driver.accounting("child").copy_bytes in (0, SIZE)
@@ -145,7 +143,7 @@ def test_mounted_origin_is_not_copied(driver: VfsDriver) -> None:
 
 
 def test_full_file_system_leaves_no_layer(xfs: Path) -> None:
-    driver = VfsDriver(xfs / "root")
+    driver = VfsDriver(xfs / "root", reflink=False)
     driver.create("base")
     with driver.mounted("base") as root:
         free = os.statvfs(xfs).f_bavail * os.statvfs(xfs).f_frsize

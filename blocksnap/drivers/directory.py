@@ -7,7 +7,7 @@ lock).
 
 import os
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,15 +22,16 @@ __all__ = ["DirectoryDriver", "LayerDirectory", "allocated_bytes", "backing_file
 class LayerDirectory:
     """The directory of a driver's layers."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, take_apart: Callable[[Path], None]) -> None:
         self.path = path
+        self._take_apart = take_apart
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def sweep(self) -> None:
         """Remove what a crash left of layers half made or half removed."""
         for entry in os.scandir(self.path):
             if entry.name.startswith((".new-", ".old-")):
-                remove_tree(Path(entry.path))
+                self._take_apart(Path(entry.path))
 
     def exists(self, id: str) -> bool:
         return (self.path / id / "parent").exists()
@@ -55,7 +56,7 @@ class LayerDirectory:
             write_durable(staging / "parent", (parent or "") + "\n")
             staging.rename(self.path / id)
         except BaseException:
-            remove_tree(staging)
+            self._take_apart(staging)
             raise
         fsync_directory(self.path)
 
@@ -63,7 +64,7 @@ class LayerDirectory:
         doomed = self.path / f".old-{id}"
         (self.path / id).rename(doomed)
         fsync_directory(self.path)
-        remove_tree(doomed)
+        self._take_apart(doomed)
 
 
 class DirectoryDriver(Driver):
@@ -71,7 +72,7 @@ class DirectoryDriver(Driver):
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
-        self._layers = LayerDirectory(self.root / self.name)
+        self._layers = LayerDirectory(self.root / self.name, self._take_apart)
         with self._home.lock.hold():
             self._layers.sweep()
 
@@ -93,6 +94,10 @@ class DirectoryDriver(Driver):
             self._check_not_held(origin, "snapshot")
             self._unmount(origin)
             self._snapshot(id, origin)
+
+    def _take_apart(self, layer: Path) -> None:
+        """Remove a layer's directory, or what there is of one; it need not be there."""
+        remove_tree(layer)
 
     @abstractmethod
     def _snapshot(self, id: str, origin: str) -> None:

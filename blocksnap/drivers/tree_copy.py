@@ -10,12 +10,14 @@ import errno
 import fcntl
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..archive.confined import Identity, Root, Visit, descriptor_path, identity, open_entry, walk
 from ..archive.names import Parts
 
-__all__ = ["copy_attributes", "copy_tree"]
+__all__ = ["copy_attributes", "copy_contents", "copy_tree", "opened_for_reading"]
 
 _FICLONE = 0x40049409
 _NOT_CLONABLE = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY)
@@ -95,16 +97,27 @@ class _TreeCopy:
 
     def _copy_file(self, visit: Visit) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        source = _open_file(visit)
-        try:
+        with opened_for_reading(visit) as source:
             target = os.open(visit.name, flags, 0o600, dir_fd=self._directory)
             try:
-                if not (self._reflink and _clone(source, target)):
-                    self._copied += _copy_contents(source, target)
+                self._copied += copy_contents(source, target, reflink=self._reflink)
             finally:
                 os.close(target)
-        finally:
-            os.close(source)
+
+
+@contextmanager
+def opened_for_reading(visit: Visit) -> Iterator[int]:
+    """Open a regular file that a walk has come to, though its mode may forbid its owner to read it."""
+    descriptor = _open_file(visit)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def copy_contents(source: int, target: int, *, reflink: bool) -> int:
+    """Give an empty file the contents of another, sharing blocks if asked and possible; return what was copied."""
+    return 0 if reflink and _clone(source, target) else _copy_data(source, target)
 
 
 def _open_file(visit: Visit) -> int:
@@ -134,7 +147,7 @@ def _clone(source: int, target: int) -> bool:
     return True
 
 
-def _copy_contents(source: int, target: int) -> int:
+def _copy_data(source: int, target: int) -> int:
     """Copy the data of a file, leaving holes; return the bytes copied."""
     size = os.fstat(source).st_size
     os.ftruncate(target, size)

@@ -1,4 +1,4 @@
-"""The driver of last resort: each layer is a full copy of its parent in a directory. Needs no privilege.
+"""The driver of last resort: each layer is a copy of its parent in a directory. Needs no privilege.
 
 <root>/vfs/ID/tree      the layer
 <root>/vfs/ID/parent    its parent's id
@@ -10,24 +10,27 @@ from typing import ClassVar
 
 from ..mount import sync_filesystem
 from .base import Accounting
-from .directory import DirectoryDriver, allocated_bytes
+from .directory import DirectoryDriver, backing_filesystem
+from .extents import own_bytes
 from .tree_copy import copy_tree
 
 __all__ = ["VfsDriver"]
 
 
 class VfsDriver(DirectoryDriver):
-    """Full copies; with reflink=True files share blocks where the file system can (btrfs, XFS)."""
+    """Copies whose files share their blocks where the file system can (XFS, btrfs); full ones elsewhere."""
 
     name: ClassVar[str] = "vfs"
 
-    def __init__(self, root: Path, *, reflink: bool = False) -> None:
+    def __init__(self, root: Path, *, reflink: bool = True) -> None:
+        """Open the root; with reflink=False all that is copied from now on is copied in full."""
         super().__init__(root)
         self._reflink = reflink
 
     def status(self) -> list[tuple[str, str]]:
         return [
             ("Root", str(self.root)),
+            ("Backing Filesystem", backing_filesystem(self.root)),
             ("Layers", str(len(self.layers()))),
             ("Copies", "reflink where possible" if self._reflink else "full"),
         ]
@@ -37,9 +40,10 @@ class VfsDriver(DirectoryDriver):
         return {"Directory": str(self._tree(id))}
 
     def accounting(self, id: str) -> Accounting:
+        """Tell what making the layer copied, and what it shares with no other, its own copies included."""
         self._check_known(id)
         copied = int((self._layers.path / id / "copied").read_text())
-        return Accounting(copy_bytes=copied, allocated_bytes=allocated_bytes(self._tree(id)))
+        return Accounting(copy_bytes=copied, allocated_bytes=own_bytes(self._tree(id)))
 
     def _snapshot(self, id: str, origin: str) -> None:
         self._copy(id, self.parent(origin), source=origin)

@@ -188,7 +188,7 @@ static int configure_free(const struct loop_config *config, const char *path, in
 	}
 	close(control);
 	if (r == -EBUSY)
-		bs_fail(r, "%s: every free loop device was taken by others: try again", path);
+		return bs_fail(r, "%s: every free loop device was taken by others: try again", path);
 	return r;
 }
 
@@ -407,7 +407,7 @@ static int loop_status(int number, struct loop_info64 *ret)
 
 int bs_loop_info(int number, struct bs_loop_info *ret)
 {
-	struct loop_info64 info;
+	struct loop_info64 info = {0};
 
 	*ret = (struct bs_loop_info){.number = number};
 	ssize_t n = loop_attribute(number, "loop/backing_file", ret->backing_path, sizeof(ret->backing_path));

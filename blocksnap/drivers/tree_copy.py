@@ -116,7 +116,7 @@ def opened_for_reading(visit: Visit) -> Iterator[int]:
 
 
 def copy_contents(source: int, target: int, *, reflink: bool) -> int:
-    """Give an empty file the contents of another, sharing blocks if asked and possible; return what was copied."""
+    """Give an empty file the contents of another; return the bytes copied, 0 if they share blocks now."""
     return 0 if reflink and _clone(source, target) else _copy_data(source, target)
 
 

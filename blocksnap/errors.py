@@ -14,6 +14,7 @@
     ├── DeviceIOError           OSError with the kernel's own errno
     ├── LayerExistsError        FileExistsError: image graph and drivers
     ├── LayerNotFoundError      FileNotFoundError
+    ├── TraceError              ValueError: a block trace that cannot be read; names file, record and reason
     └── ImageError              ValueError: an image that cannot be taken
         ├── DigestError         content does not have its digest
         ├── MediaTypeError      an unknown media type
@@ -46,6 +47,7 @@ __all__ = [
     "NotSupportedError",
     "PoolFormatError",
     "PrivilegeError",
+    "TraceError",
     "UnsafeLayerError",
     "error_for",
     "system_errors",
@@ -123,6 +125,10 @@ class LayerExistsError(_SystemError, FileExistsError):
 
 class LayerNotFoundError(_SystemError, FileNotFoundError):
     code = _errno.ENOENT
+
+
+class TraceError(BlocksnapError, ValueError):
+    pass
 
 
 class ImageError(BlocksnapError, ValueError):

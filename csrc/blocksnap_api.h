@@ -341,7 +341,7 @@ int bs_dm_cookie_wait(uint32_t cookie, int timeout_ms);
 /* Must follow every bs_dm_cookie_create; a cookie that is gone is accepted. */
 void bs_dm_cookie_destroy(uint32_t cookie);
 
-/* ---- block traces (trace_text.c, trace_blktrace.c) ---- */
+/* ---- block traces (trace_text.c, trace_blktrace.c, trace_vscsi.c) ---- */
 
 /* One request; time in nanoseconds. The same bytes as REQUEST of traces/request.py. */
 struct bs_request {
@@ -352,10 +352,10 @@ struct bs_request {
 	uint32_t device;
 };
 
-#define BS_TRACE_READ 0
-#define BS_TRACE_WRITE 1
-#define BS_TRACE_DISCARD 2
-#define BS_TRACE_FLUSH 3
+#define BS_REQUEST_READ 0
+#define BS_REQUEST_WRITE 1
+#define BS_REQUEST_DISCARD 2
+#define BS_REQUEST_FLUSH 3
 #define BS_TRACE_WAIT 4    /* in a text only: the offset's field says how many microseconds pass */
 #define BS_TRACE_NOTHING 5 /* in a text only: not a request */
 
@@ -386,8 +386,9 @@ struct bs_trace_word {
 struct bs_trace_progress {
 	uint64_t consumed; /* bytes of this call's input */
 	uint64_t count;    /* requests of this call */
-	uint64_t record;   /* the last one read, from 1 on */
-	uint64_t line;
+	uint64_t record;   /* the last one read, from 1 on; binary traces count on from what stands there */
+	uint64_t line;     /* of a text */
+	uint64_t clock;    /* time of the last request of a vscsi trace */
 };
 
 struct bs_trace_parser;
@@ -404,6 +405,16 @@ int bs_trace_parser_parse(struct bs_trace_parser *parser, const char *text, size
 int bs_trace_parser_name(const struct bs_trace_parser *parser, int number, char *out, int capacity);
 
 /* Read whole records of a blktrace file, requests from events of one action (1 queue, 7 issue, 8 complete).
- * ret->record is where to count on from. -EBADMSG behind a bad record; -EUCLEAN if no record can be found here. */
+ * -EBADMSG behind a bad record; -EUCLEAN if no record can be found here. */
 int bs_trace_blktrace(const void *data, size_t length, uint32_t action, bool swapped, struct bs_request *out,
+	size_t capacity, struct bs_trace_progress *ret);
+
+struct bs_trace_vscsi {
+	int version;  /* 1 or 2 */
+	bool swapped; /* big-endian */
+	bool ordered; /* a time before that of the record before is bad */
+};
+
+/* Read whole records of a vscsi trace. -EBADMSG behind a bad record. */
+int bs_trace_vscsi(const void *data, size_t length, const struct bs_trace_vscsi *as, struct bs_request *out,
 	size_t capacity, struct bs_trace_progress *ret);

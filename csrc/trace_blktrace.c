@@ -57,10 +57,10 @@ static uint32_t kind_of(const struct event *e, uint32_t action)
 	if ((e->action & (NOTE | PASSTHROUGH)) || (e->action & ACTION_MASK) != action)
 		return BS_TRACE_NOTHING;
 	if (e->bytes == 0)
-		return e->action & FLUSH ? BS_TRACE_FLUSH : BS_TRACE_NOTHING;
+		return e->action & FLUSH ? BS_REQUEST_FLUSH : BS_TRACE_NOTHING;
 	if (e->action & DISCARD)
-		return BS_TRACE_DISCARD;
-	return e->action & WRITE ? BS_TRACE_WRITE : BS_TRACE_READ;
+		return BS_REQUEST_DISCARD;
+	return e->action & WRITE ? BS_REQUEST_WRITE : BS_REQUEST_READ;
 }
 
 /* At most two requests: a preflush comes before its write. Returns how many. */
@@ -70,7 +70,7 @@ static int requests_of(const struct event *e, uint32_t action, struct bs_request
 
 	if (r.kind == BS_TRACE_NOTHING)
 		return 0;
-	if (r.kind == BS_TRACE_FLUSH) {
+	if (r.kind == BS_REQUEST_FLUSH) {
 		*out = r;
 		return 1;
 	}
@@ -79,7 +79,7 @@ static int requests_of(const struct event *e, uint32_t action, struct bs_request
 			(unsigned long long)e->sector);
 	bool preflush = e->action & FLUSH;
 	if (preflush)
-		*out++ = (struct bs_request){.time = r.time, .kind = BS_TRACE_FLUSH, .device = r.device};
+		*out++ = (struct bs_request){.time = r.time, .kind = BS_REQUEST_FLUSH, .device = r.device};
 	r.offset = e->sector * SECTOR;
 	r.length = e->bytes;
 	*out = r;

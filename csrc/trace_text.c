@@ -311,14 +311,14 @@ static uint32_t kind_of_letters(struct span s, bool has_place, bool *preflush)
 	*preflush = p < s.end && *p == 'F';
 	p += *preflush;
 	if (*preflush && !has_place)
-		return BS_TRACE_FLUSH;
+		return BS_REQUEST_FLUSH;
 	switch (p < s.end ? *p : 0) {
 	case 'R':
-		return BS_TRACE_READ;
+		return BS_REQUEST_READ;
 	case 'W':
-		return BS_TRACE_WRITE;
+		return BS_REQUEST_WRITE;
 	case 'D':
-		return BS_TRACE_DISCARD;
+		return BS_REQUEST_DISCARD;
 	default:
 		return BS_TRACE_NOTHING;
 	}
@@ -342,7 +342,7 @@ static int check_place(uint32_t kind, struct span offset, struct span length, co
 
 	if (__builtin_add_overflow(r->offset, r->length, &end) || end > END_MAX)
 		return refuse("offset", offset, "is absurd: no device has 2^63 bytes");
-	if (kind != BS_TRACE_DISCARD && r->length > LENGTH_MAX)
+	if (kind != BS_REQUEST_DISCARD && r->length > LENGTH_MAX)
 		return refuse("length", length, "is absurd: no request has 4 GiB");
 	return 0;
 }
@@ -448,14 +448,14 @@ static int parse_line(struct bs_trace_parser *parser, struct span line, struct b
 	if (r.kind == BS_TRACE_WAIT)
 		return advance_clock(parser, fields, count);
 	err = read_origin(parser, fields, &r);
-	if (!err && r.kind != BS_TRACE_FLUSH)
+	if (!err && r.kind != BS_REQUEST_FLUSH)
 		err = read_place(l, fields, count, &r);
 	if (err)
 		return err;
 	parser->clock = r.time;
-	preflush &= r.kind != BS_TRACE_FLUSH;
+	preflush &= r.kind != BS_REQUEST_FLUSH;
 	if (preflush)
-		*out++ = (struct bs_request){.time = r.time, .kind = BS_TRACE_FLUSH, .device = r.device};
+		*out++ = (struct bs_request){.time = r.time, .kind = BS_REQUEST_FLUSH, .device = r.device};
 	*out = r;
 	return 1 + preflush;
 }

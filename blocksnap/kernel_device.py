@@ -174,23 +174,21 @@ class ActiveDevice:
         """Unmap the whole blocks of a range and zero the rest of it."""
         self._require_inside(offset, length)
         self._require_writable()
-        block = self._block_size
-        first, last = -(-offset // block) * block, (offset + length) // block * block
+        block, end = self._block_size, offset + length
+        first, last = -(-offset // block) * block, end // block * block
         with self._errors():
-            if first >= last:
-                self._zero(offset, length)
-            else:
-                self._zero(offset, first - offset)
+            self._zero(offset, min(first, end))
+            if first < last:
                 fcntl.ioctl(self._fd, _BLKDISCARD, struct.pack("QQ", first, last - first))
-                self._zero(last, offset + length - last)
+            self._zero(max(first, last), end)
         self._counts.add(discarded=max(last - first, 0))
 
-    def _zero(self, offset: int, length: int) -> None:
-        """Zero what is not zero already: writing to a hole would provision it."""
-        if length == 0:
+    def _zero(self, begin: int, end: int) -> None:
+        """Zero a part of one block, unless it is zero already: writing to a hole would provision it."""
+        if begin >= end:
             return
         with self._writing:
-            for at, area, inside, _ in self._pieces(offset, length):
+            for at, area, inside, _ in self._pieces(begin, end - begin):
                 self._read_sectors(at, area)
                 if any(area[inside]):
                     area[inside] = bytes(inside.stop - inside.start)

@@ -341,7 +341,7 @@ int bs_dm_cookie_wait(uint32_t cookie, int timeout_ms);
 /* Must follow every bs_dm_cookie_create; a cookie that is gone is accepted. */
 void bs_dm_cookie_destroy(uint32_t cookie);
 
-/* ---- block traces (trace_text.c, trace_blktrace.c, trace_vscsi.c) ---- */
+/* ---- block traces (trace_text.c, trace_blktrace.c, trace_vscsi.c, trace_srt.c) ---- */
 
 /* One request; time in nanoseconds. The same bytes as REQUEST of traces/request.py. */
 struct bs_request {
@@ -388,7 +388,7 @@ struct bs_trace_progress {
 	uint64_t count;    /* requests of this call */
 	uint64_t record;   /* the last one read, from 1 on; binary traces count on from what stands there */
 	uint64_t line;     /* of a text */
-	uint64_t clock;    /* time of the last request of a vscsi trace */
+	uint64_t clock;    /* time of the last request of a vscsi or SRT trace */
 };
 
 struct bs_trace_parser;
@@ -417,4 +417,9 @@ struct bs_trace_vscsi {
 
 /* Read whole records of a vscsi trace. -EBADMSG behind a bad record. */
 int bs_trace_vscsi(const void *data, size_t length, const struct bs_trace_vscsi *as, struct bs_request *out,
+	size_t capacity, struct bs_trace_progress *ret);
+
+/* Read whole records of an SRT trace, from behind its header on. -EBADMSG behind a bad record, -EUCLEAN if no
+ * record can be found here. */
+int bs_trace_srt(const void *data, size_t length, uint32_t sector_size, bool ordered, struct bs_request *out,
 	size_t capacity, struct bs_trace_progress *ret);

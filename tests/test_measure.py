@@ -27,7 +27,8 @@ from blocksnap.amplification.testbed import (
     owner_is_alive,
     work_directory,
 )
-from blocksnap.amplification.workloads import Workload, from_command, parse_workload
+from blocksnap.amplification.workload import Workload
+from blocksnap.amplification.workloads import from_command, parse_workload
 from blocksnap.errors import ArgumentError, NoSpaceError
 
 MIB = 1 << 20

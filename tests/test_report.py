@@ -11,16 +11,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from blocksnap.amplification.latency import Latency, Samples, Steady, latency_of
 from blocksnap.amplification.plot import _LABEL_HEIGHT, _spread, write_plots
 from blocksnap.amplification.report import comparison_table, notes, write_csv, write_report
 from blocksnap.amplification.result import (
     PARTS,
     Comparison,
-    Latency,
     Measurement,
     Skipped,
     Target,
-    latency_of,
 )
 from blocksnap.amplification.verdict import format_bytes, format_ratio, format_seconds, verdict
 
@@ -148,12 +147,28 @@ def test_counters_of_the_pool_stand_in_where_there_is_no_device() -> None:
 
 
 def test_percentiles_are_nearest_rank_and_the_first_is_kept_apart() -> None:
-    latency = latency_of([9.0, *(float(n) for n in range(1, 100))])
+    latency = latency_of([Samples((9.0, *(float(n) for n in range(1, 100))))])
     assert latency is not None
     assert (latency.first, latency.max) == (9.0, 99.0)
     assert (latency.p50, latency.p99) == (49.0, 98.0)
-    assert latency_of([]) is None
-    assert latency_of([0.5]) == Latency(0.5, 0.5, 0.5, 0.5)
+    assert latency_of([]) is latency_of([Samples(())]) is None
+
+
+def test_steady_state_leaves_out_the_first_operation_of_each_epoch() -> None:
+    latency = latency_of([Samples((9.0, 1.0, 2.0)), Samples((8.0, 3.0))])
+    assert latency is not None
+    assert (latency.first, latency.max) == (9.0, 9.0)
+    assert latency.steady == Steady(p50=2.0, p99=3.0, max=3.0)
+    alone = latency_of([Samples((0.5,))])
+    assert alone is not None
+    assert (alone.p99, alone.steady) == (0.5, None)
+
+
+def test_latency_of_a_histogram_has_no_first() -> None:
+    latency = latency_of([Samples((0.3, 0.1, 0.2), counts=(1, 90, 9))])
+    assert latency is not None
+    assert (latency.first, latency.p50, latency.p99, latency.max) == (None, 0.1, 0.2, 0.3)
+    assert latency.quantiles["p99.9"] == 0.3
 
 
 def test_table_of_the_default_run_fits_into_eighty_columns() -> None:

@@ -3,19 +3,15 @@
 import os
 import sqlite3
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from blocksnap.amplification import operations
-from blocksnap.amplification.workloads import (
-    BUILT_IN,
-    Outcome,
-    Workload,
-    WorkloadError,
-    from_command,
-    parse_workload,
-)
+from blocksnap.amplification.child_process import WorkloadError
+from blocksnap.amplification.workload import OperationWorkload, Outcome, Workload
+from blocksnap.amplification.workloads import BUILT_IN, from_command, parse_workload
 from blocksnap.errors import ArgumentError
 
 SMALL = "database_bytes=512K,small_files=20"
@@ -23,7 +19,9 @@ SMALL_FILE = "large_file_bytes=512K,small_files=20"
 
 
 def prepared(root: Path, text: str) -> Workload:
-    workload = parse_workload(text)
+    stage = root.parent / f"stage-{root.name}"
+    stage.mkdir()
+    workload = parse_workload(text).stage(stage)
     for layer in range(workload.base.LAYERS):
         workload.prepare(root, layer)
     return workload
@@ -124,23 +122,99 @@ def test_touch_byte_writes_and_changes_one_byte(tmp_path: Path) -> None:
     assert outcome.operations == 1
 
 
-def test_built_in_workloads_are_all_runnable_with_small_sizes(tmp_path: Path) -> None:
-    for name, built_in in BUILT_IN.items():
-        root = tmp_path / name
-        root.mkdir()
-        sizes = SMALL_FILE if built_in.base.large_file_bytes else SMALL
-        more = {"touch-byte": ",offset=0", "append": ",records=5"}.get(name, "")
-        more += ",transactions=2" if "transactions" in built_in.parameters else ""
-        outcome = run(root, f"{name}:{sizes}{more}")
-        assert outcome.latencies, name
-        assert outcome.seconds >= sum(outcome.latencies) * 0.99, name
+FEW = {
+    "touch-byte": "offset=0",
+    "append": "records=5",
+    "scatter": "writes=5",
+    "bulk-load": "rows=20,batch=10",
+    "untar": "files=10",
+    "package": "files=10,packages=2",
+}
+OPERATIONS = [name for name, workload in BUILT_IN.items() if isinstance(workload, OperationWorkload)]
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_built_in_operations_run_twice_in_a_row_with_small_sizes(tmp_path: Path, name: str) -> None:
+    if (lacks := BUILT_IN[name].missing()) is not None:
+        pytest.skip(lacks)
+    root = tmp_path / "root"
+    root.mkdir()
+    sizes = SMALL_FILE if BUILT_IN[name].base.large_file_bytes else SMALL
+    more = FEW.get(name, "transactions=2" if "transactions" in BUILT_IN[name].parameters else "seed=1")
+    workload = prepared(root, f"{name}:{sizes},{more}")
+    for epoch in (0, 1):
+        outcome = workload.run(root, epoch=epoch)
+        assert outcome.samples is not None
+        assert outcome.seconds >= sum(outcome.samples.seconds) * 0.99
+        assert outcome.application_bytes
+
+
+def test_epochs_of_sqlite_change_other_rows(tmp_path: Path) -> None:
+    workload = prepared(tmp_path, f"sqlite-wal:{SMALL},transactions=10")
+    states = [rows(tmp_path)]
+    for epoch in (0, 1):
+        workload.run(tmp_path, epoch=epoch)
+        states.append(rows(tmp_path))
+    changed = [{old[0] for old, new in zip(*pair, strict=True) if old != new} for pair in pairwise(states)]
+    assert len(changed[0]) == len(changed[1]) == 10
+    assert changed[0] != changed[1]
+
+
+def test_scatter_changes_as_many_places_as_it_says(tmp_path: Path) -> None:
+    workload = prepared(tmp_path, f"scatter:{SMALL_FILE},writes=20,write_bytes=4K")
+    before = (tmp_path / operations.LARGE_FILE).read_bytes()
+    outcome = workload.run(tmp_path)
+    after = (tmp_path / operations.LARGE_FILE).read_bytes()
+    pieces = range(0, len(before), 4096)
+    changed = {begin for begin in pieces if before[begin : begin + 4096] != after[begin : begin + 4096]}
+    offsets = operations.scattered_offsets(len(before), 20, 4096, workload.number("seed"))
+    assert changed == set(offsets)
+    assert outcome.application_bytes == workload.changed_bytes == 20 * 4096
+    with pytest.raises(ArgumentError, match="room for 128 writes"):
+        parse_workload(f"scatter:{SMALL_FILE},writes=129,write_bytes=4K")
+
+
+def test_bulk_load_brings_its_rows_and_an_index(tmp_path: Path) -> None:
+    run(tmp_path, f"bulk-load:{SMALL},rows=1000,batch=300")
+    with sqlite3.connect(tmp_path / operations.DATABASE) as database:
+        assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        assert database.execute("SELECT count(*) FROM loaded_0").fetchone() == (1000,)
+
+
+def test_untar_writes_the_files_of_the_tar_and_nothing_else(tmp_path: Path) -> None:
+    outcome = run(tmp_path, f"untar:{SMALL},files=50")
+    unpacked = [path for path in (tmp_path / "unpacked-0").rglob("*") if path.is_file()]
+    assert len(unpacked) == outcome.operations == 50
+    assert outcome.application_bytes == sum(path.stat().st_size for path in unpacked)
+
+
+@pytest.mark.skipif(BUILT_IN["package"].missing() is not None, reason="needs dpkg")
+def test_package_upgrades_what_is_in_the_image_and_counts_no_pipes(tmp_path: Path) -> None:
+    workload = prepared(tmp_path, "package:files=60,packages=3,small_files=5")
+    place = tmp_path / "usr/lib/blocksnap-workload"
+    old = {path: path.read_bytes() for path in place.rglob("*.py")}
+    outcome = workload.run(tmp_path)
+    assert {path: path.read_bytes().removesuffix(b"# the newer version\n") for path in old} == old
+    status = (tmp_path / "var/lib/dpkg/status").read_text()
+    assert status.count("Status: install ok installed") == status.count("Version: 2") == 3
+    contents = sum(path.stat().st_size for path in old)
+    assert outcome.operations == 3
+    assert contents < (outcome.application_bytes or 0) < contents + (256 << 10)  # dpkg's database
+
+
+def test_material_of_two_stagings_is_the_same(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        parse_workload("untar:files=30").stage(tmp_path / name)
+    first, second = ((tmp_path / name / "files.tar").read_bytes() for name in ("first", "second"))
+    assert first == second
 
 
 def test_command_gets_the_root_and_its_write_bytes_are_counted(tmp_path: Path) -> None:
     outcome = from_command(("sh", "-c", "head -c 5000 /dev/zero | tail -c 3000 > {root}/file")).run(tmp_path)
     assert (tmp_path / "file").stat().st_size == 3000
     assert outcome.application_bytes == 5000 + 3000  # the pipe between the two is inside, as the method says
-    assert outcome.latencies is None
+    assert outcome.samples is None
 
 
 def test_what_a_command_prints_is_not_counted_as_written(tmp_path: Path) -> None:

@@ -19,12 +19,14 @@ from pathlib import Path
 from .. import drivers, mount
 from ..drivers import Accounting, Driver
 from ..errors import ArgumentError, BlocksnapError, NotSupportedError
+from .base_image import BaseImage
 from .interrupts import deferred_interrupts
+from .latency import latency_of
 from .machine import describe_machine
-from .result import BASELINE, Comparison, Measurement, Skipped, Target, latency_of
+from .result import BASELINE, Comparison, Measurement, Skipped, Target
 from .testbed import DEFAULT_WORK_DIR, Testbed, check_space, open_testbed, work_directory
 from .volume import Volume
-from .workloads import BaseImage, Outcome, Workload
+from .workload import Outcome, Workload
 
 __all__ = ["DEFAULT_BLOCK_SIZES", "DEFAULT_DRIVERS", "compare", "targets_for"]
 
@@ -71,6 +73,7 @@ def compare(
     skipped: dict[str, str] = {}
     with deferred_interrupts() as interrupts, work_directory(work_dir, keep=keep) as directory:
         machine = describe_machine(work_dir)
+        workload = _staged(workload, directory, interrupts.check)
         for target in targets:
             run = _Run(workload, target, directory, keep, interrupts.check, progress)
             if target.driver in skipped:
@@ -86,6 +89,12 @@ def compare(
     left_out = [Skipped(driver, reason) for driver, reason in skipped.items()]
     kept = str(directory) if keep else None
     return Comparison(machine, workload.describe(), results, left_out, time.monotonic() - start, kept)
+
+
+def _staged(workload: Workload, directory: Path, check: Callable[[], None]) -> Workload:
+    material = directory / "material"
+    material.mkdir()
+    return workload.stage(material, check=check)
 
 
 class _CannotRunError(BlocksnapError):
@@ -129,7 +138,7 @@ class _Run:
     @property
     def _pool_size(self) -> int:
         """Room for the image, a copy of it, and what the workload adds, which is unknown of a command."""
-        return 3 * self.workload.base.total_bytes + (1024 if self.workload.command else 256) * _MIB
+        return 3 * self.workload.base.total_bytes + self.workload.ROOM
 
     @property
     def _file_system_size(self) -> int:
@@ -247,7 +256,7 @@ class _Run:
             parts=parts,
             seconds=outcome.seconds,
             operations=outcome.operations,
-            latency=latency_of(outcome.latencies),
+            latency=latency_of([outcome.samples] if outcome.samples else []),
         )
 
 

@@ -6,8 +6,9 @@ library alone, so that the process does nothing but the workload: its write byte
 a mapped file (the -shm index of SQLite's WAL mode), fallocate, truncate and names; what a process writes into
 pipes is inside.
 
-Each workload is a generator that yields after every operation; the time between two yields is its latency.
-Opening the file belongs to the first operation: that is where overlayfs copies it up.
+Each workload is a generator that yields after every operation, the bytes to take off the count or None; the
+time between two yields is its latency. Opening the file belongs to the first operation: that is where
+overlayfs copies it up. `epoch` is the number of snapshots taken so far.
 """
 
 import json
@@ -16,17 +17,18 @@ import random
 import sqlite3
 import subprocess
 import sys
+import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 DATABASE = "database.sqlite"
 LARGE_FILE = "large-file"
 SMALL_FILES = "small-files"
 
 
-def sqlite(root: str, *, journal: str, transactions: int, rows: int, seed: int) -> Iterator[None]:
+def sqlite(root: str, *, epoch: int, journal: str, transactions: int, rows: int, seed: int) -> Iterator[None]:
     """Update seeded random rows, synchronous=FULL; `transactions` in each journal mode of "rollback+wal"."""
-    source = random.Random(seed)
+    source = random.Random(seed + epoch)
     for mode in journal.split("+"):
         database = sqlite3.connect(os.path.join(root, DATABASE), isolation_level=None)
         database.execute("PRAGMA synchronous = FULL")
@@ -41,9 +43,28 @@ def sqlite(root: str, *, journal: str, transactions: int, rows: int, seed: int) 
         database.close()
 
 
-def append(root: str, *, records: int, record_bytes: int, sync_every: int, seed: int) -> Iterator[None]:
+def bulk_load(root: str, *, epoch: int, rows: int, batch: int, seed: int) -> Iterator[None]:
+    """Load rows into a new table with an index, one synchronous transaction a batch, rollback journal."""
+    source = random.Random(seed + epoch)
+    database = sqlite3.connect(os.path.join(root, DATABASE), isolation_level=None)
+    database.execute("PRAGMA synchronous = FULL")
+    table = f"loaded_{epoch}"
+    database.execute(f"CREATE TABLE {table} (id INTEGER PRIMARY KEY, key INTEGER, payload BLOB NOT NULL)")
+    database.execute(f"CREATE INDEX {table}_key ON {table} (key)")
+    for begin in range(0, rows, batch):
+        lines = [(source.getrandbits(31), source.randbytes(200)) for _ in range(min(batch, rows - begin))]
+        database.execute("BEGIN IMMEDIATE")
+        database.executemany(f"INSERT INTO {table} (key, payload) VALUES (?, ?)", lines)
+        database.execute("COMMIT")
+        yield
+    database.close()
+
+
+def append(
+    root: str, *, epoch: int, records: int, record_bytes: int, sync_every: int, seed: int
+) -> Iterator[None]:
     """Append records to an existing log, fsync after each `sync_every`."""
-    record = random.Random(seed).randbytes(record_bytes)
+    record = random.Random(seed + epoch).randbytes(record_bytes)
     log = os.open(os.path.join(root, LARGE_FILE), os.O_WRONLY | os.O_APPEND)
     for number in range(1, records + 1):
         os.write(log, record)
@@ -53,13 +74,33 @@ def append(root: str, *, records: int, record_bytes: int, sync_every: int, seed:
     os.close(log)
 
 
-def patch(root: str, *, stride: int, write_bytes: int, sync_every: int, seed: int) -> Iterator[None]:
+def patch(
+    root: str, *, epoch: int, stride: int, write_bytes: int, sync_every: int, seed: int
+) -> Iterator[None]:
     """Write `write_bytes` at every `stride` bytes of an existing file, in order, fsync after each
     `sync_every`.
     """
-    piece = random.Random(seed).randbytes(write_bytes)
+    size = os.stat(os.path.join(root, LARGE_FILE)).st_size
+    piece = random.Random(seed + epoch).randbytes(write_bytes)
+    return _overwrite(root, range(0, size - write_bytes + 1, stride), piece, sync_every)
+
+
+def scatter(
+    root: str, *, epoch: int, writes: int, write_bytes: int, sync_every: int, seed: int
+) -> Iterator[None]:
+    """Write at random places of an existing file, each a multiple of `write_bytes` and none twice."""
+    size = os.stat(os.path.join(root, LARGE_FILE)).st_size
+    piece = random.Random(seed + epoch).randbytes(write_bytes)
+    return _overwrite(root, scattered_offsets(size, writes, write_bytes, seed + epoch), piece, sync_every)
+
+
+def scattered_offsets(size: int, writes: int, write_bytes: int, seed: int) -> list[int]:
+    """Return where `scatter` writes, in order."""
+    return [slot * write_bytes for slot in random.Random(seed).sample(range(size // write_bytes), writes)]
+
+
+def _overwrite(root: str, offsets: Sequence[int], piece: bytes, sync_every: int) -> Iterator[None]:
     file = os.open(os.path.join(root, LARGE_FILE), os.O_WRONLY)
-    offsets = range(0, os.fstat(file).st_size - write_bytes + 1, stride)
     for number, offset in enumerate(offsets, 1):
         os.pwrite(file, piece, offset)
         if number % sync_every == 0 or number == len(offsets):
@@ -68,9 +109,9 @@ def patch(root: str, *, stride: int, write_bytes: int, sync_every: int, seed: in
     os.close(file)
 
 
-def touch_small(root: str, *, append_bytes: int, seed: int) -> Iterator[None]:
+def touch_small(root: str, *, epoch: int, append_bytes: int, seed: int) -> Iterator[None]:
     """Append to each of thousands of small files; nothing is synced before the end of the run."""
-    piece = random.Random(seed).randbytes(append_bytes)
+    piece = random.Random(seed + epoch).randbytes(append_bytes)
     for directory, directories, names in os.walk(os.path.join(root, SMALL_FILES)):
         directories.sort()
         for name in sorted(names):
@@ -79,22 +120,65 @@ def touch_small(root: str, *, append_bytes: int, seed: int) -> Iterator[None]:
             yield
 
 
-def touch_byte(root: str, *, offset: int, seed: int) -> Iterator[None]:
+def touch_byte(root: str, *, epoch: int, offset: int, seed: int) -> Iterator[None]:
     """Change one byte in the middle of an existing file and fsync it."""
     file = os.open(os.path.join(root, LARGE_FILE), os.O_RDWR)
     before = os.pread(file, 1, offset)
-    os.pwrite(file, bytes([before[0] ^ (1 + random.Random(seed).randrange(255))]), offset)
+    os.pwrite(file, bytes([before[0] ^ (1 + random.Random(seed + epoch).randrange(255))]), offset)
     os.fsync(file)
     os.close(file)
     yield
 
 
-WORKLOADS: dict[str, Callable[..., Iterator[None]]] = {
+def untar(root: str, *, epoch: int, files: int, archive: str) -> Iterator[None]:  # noqa: ARG001
+    """Unpack a tar into a new directory, an operation a member; nothing is synced before the end."""
+    target = os.path.join(root, f"unpacked-{epoch}")
+    with tarfile.open(archive) as members:
+        for member in members:
+            members.extract(member, target)
+            yield
+
+
+def package(
+    root: str,
+    *,
+    epoch: int,  # noqa: ARG001
+    files: int,  # noqa: ARG001
+    packages: int,  # noqa: ARG001
+    debs: Sequence[tuple[str, int]],
+) -> Iterator[int]:
+    """Install packages over their older versions in the root's own dpkg database, an operation a package.
+
+    What dpkg's processes hand each other through pipes comes with each package and is taken off.
+    """
+    for deb, piped in debs:
+        install_package(root, deb)
+        yield piped
+
+
+def install_package(root: str, deb: str) -> None:
+    """Have dpkg unpack and configure a package below root, as it does everywhere: each file is synced."""
+    command = ["dpkg", f"--root={root}", "--log=/dev/null", "--no-triggers", "--install", deb]
+    environment = {**os.environ, "LC_ALL": "C"}
+    environment["PATH"] = f"/usr/sbin:/sbin:{environment.get('PATH', '/usr/bin:/bin')}"
+    done = subprocess.run(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False
+    )
+    if done.returncode != 0:
+        last = done.stderr.strip().splitlines()[-1:] or [f"status {done.returncode}"]
+        raise OSError(f"dpkg on {os.path.basename(deb)}: {last[0]}")
+
+
+WORKLOADS: dict[str, Callable[..., Iterator[int | None]]] = {
     "sqlite": sqlite,
+    "bulk_load": bulk_load,
     "append": append,
     "patch": patch,
-    "touch-small": touch_small,
-    "touch-byte": touch_byte,
+    "scatter": scatter,
+    "touch_small": touch_small,
+    "touch_byte": touch_byte,
+    "untar": untar,
+    "package": package,
 }
 
 
@@ -114,17 +198,20 @@ def run_operations(request: dict[str, object]) -> dict[str, object]:
     workload = WORKLOADS[str(request["operation"])]
     parameters = request["parameters"]
     assert isinstance(parameters, dict)
-    latencies = []
+    latencies, piped = [], 0
     before, start = written_bytes(), time.perf_counter()
     last = start
-    for _ in workload(str(request["root"]), **parameters):
+    for off in workload(str(request["root"]), **parameters):
         now = time.perf_counter()
         latencies.append(now - last)
+        piped += off or 0
         last = now
+    seconds = time.perf_counter() - start
+    written = _difference(before, written_bytes())
     return {
         "exit_status": 0,
-        "seconds": time.perf_counter() - start,
-        "application_bytes": _difference(before, written_bytes()),
+        "seconds": seconds,
+        "application_bytes": None if written is None else written - piped,
         "latencies": latencies,
     }
 

@@ -4,21 +4,19 @@ A figure that a driver cannot give is None (null in JSON), never 0 and never lef
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..units import format_size
+from .latency import Latency
 
 __all__ = [
     "BASELINE",
     "PARTS",
     "Comparison",
-    "Latency",
     "Measurement",
     "Skipped",
     "Target",
-    "latency_of",
 ]
 
 BASELINE = "volume"
@@ -50,30 +48,6 @@ class Skipped:
 
     driver: str
     reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Latency:
-    """Seconds an operation waited; `first` is the first one, which pays for a copy-up, the others are over
-    all.
-    """
-
-    first: float
-    p50: float
-    p99: float
-    max: float
-
-
-def latency_of(samples: Sequence[float] | None) -> Latency | None:
-    """Return the nearest-rank percentiles of the latencies in order of execution."""
-    if not samples:
-        return None
-    ordered = sorted(samples)
-
-    def rank(share: float) -> float:
-        return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
-
-    return Latency(samples[0], rank(0.50), rank(0.99), ordered[-1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

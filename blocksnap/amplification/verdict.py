@@ -130,24 +130,19 @@ def _sizes(sizes: Sequence[int]) -> str:
 def _first_write_sentence(ordered: Sequence[Measurement], comparison: Comparison) -> str:
     """Say how long the first write waits; a driver that copies when the container is made waits there."""
     baseline = [row for row in comparison.measured if row.target.driver == BASELINE]
-    rows = [row for row in [*_best_of_each_driver(ordered), *baseline] if row.latency is not None]
-    if len(rows) < 2:
-        return ""
     waits = [
-        f"{format_seconds(row.latency.first)} on {_name(row)}" + _creation(row) for row in rows if row.latency
+        f"{format_seconds(row.latency.first)} on {_name(row)}" + _creation(row, row.latency.first)
+        for row in [*_best_of_each_driver(ordered), *baseline]
+        if row.latency is not None and row.latency.first is not None
     ]
-    return f"The first operation takes {_join(waits)}."
+    return f"The first operation takes {_join(waits)}." if len(waits) > 1 else ""
 
 
-def _creation(row: Measurement) -> str:
-    slow = (
-        row.create_seconds is not None
-        and row.latency is not None
-        and row.create_seconds > 2 * row.latency.first
-    )
-    if not slow or row.create_seconds is None or row.create_seconds < 0.1:
+def _creation(row: Measurement, first: float) -> str:
+    took = row.create_seconds
+    if took is None or took <= 2 * first or took < 0.1:
         return ""
-    return f" (after {format_seconds(row.create_seconds)} to create the container)"
+    return f" (after {format_seconds(took)} to create the container)"
 
 
 def _join(parts: Iterable[str]) -> str:

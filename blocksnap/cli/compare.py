@@ -10,7 +10,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from ..amplification.result import Comparison, Target
 from ..amplification.testbed import DEFAULT_WORK_DIR
-from ..amplification.workloads import BUILT_IN, Workload, from_command, parse_workload
+from ..amplification.workload import Workload
+from ..amplification.workloads import BUILT_IN, from_command, parse_workload
 from ..errors import ArgumentError
 from ..units import parse_size
 from .console import FAILED, JsonOption, print_json, stderr, stdout

@@ -32,7 +32,7 @@ __all__ = [
     "unmount",
 ]
 
-_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOATIME, _MS_BIND = 1, 2, 4, 1024, 4096
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_REMOUNT, _MS_NOATIME, _MS_BIND = 1, 2, 4, 32, 1024, 4096
 _MNT_FORCE, _MNT_DETACH = 1, 2
 _SECTOR = 512
 
@@ -191,18 +191,19 @@ def mount(
     *,
     read_only: bool = False,
     bind: bool = False,
+    remount: bool = False,
     nosuid: bool = False,
     nodev: bool = False,
     noatime: bool = False,
     options: str = "",
 ) -> None:
-    """Mount a block device, or with `bind` a directory.
+    """Mount a block device, or with `bind` a directory; with `remount` change what is mounted.
 
     `options` go to the file system ("discard,data=ordered"). Without `fstype` the type is told from the
     device.
     """
     flags = read_only * _MS_RDONLY | nosuid * _MS_NOSUID | nodev * _MS_NODEV | noatime * _MS_NOATIME
-    flags |= bind * _MS_BIND
+    flags |= bind * _MS_BIND | remount * _MS_REMOUNT
     if fstype is None and not bind:
         fstype = filesystem_type(source)
     kind = ffi.NULL if fstype is None else fstype.encode()

@@ -1,11 +1,7 @@
 """overlayfs: a layer is a directory of what differs from its parents, copied up file by file.
 
-    <root>/overlay/ID/diff      the upper directory (a lower one for the layer's children)
-    <root>/overlay/ID/work      overlayfs' own
-    <root>/overlay/ID/merged    where the layer is mounted
-    <root>/overlay/ID/lower     the short names of the parents, nearest first
+    <root>/overlay/ID/lower     the short names of the parents, nearest first (for the rest see union.py)
     <root>/overlay/ID/link      this layer's short name
-    <root>/overlay/ID/parent    the parent's id
     <root>/l/NAME               a link to ../overlay/ID/diff
     <root>/l/empty              the lower directory of a layer without parents: every layer is mounted alike
 
@@ -17,21 +13,17 @@ readable by itself, and a copy-up copies the whole file, which is what this driv
 import os
 import re
 import secrets
-import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
 from .. import mount
-from ..archive.confined import Root, descriptor_path, walk
-from ..archive.names import Parts
-from ..errors import BusyError, NotSupportedError
+from ..errors import NotSupportedError
 from ..file_system import may_mount
-from .base import Accounting
-from .directory import DirectoryDriver, allocated_bytes, backing_filesystem
+from .directory import backing_filesystem
 from .root import fsync_directory
-from .tree_copy import copy_attributes, copy_tree
+from .union import UnionDriver
 
 __all__ = ["OverlayDriver"]
 
@@ -42,10 +34,11 @@ _UNFIT_NAME = re.compile(r"[,:\\\udc80-\udcff]")
 _UNFIT = frozenset(("overlay", "nfs", "nfs4", "cifs", "9p", "vfat", "exfat", "squashfs", "erofs", "fuse"))
 
 
-class OverlayDriver(DirectoryDriver):
+class OverlayDriver(UnionDriver):
     """overlayfs on the file system of the root directory."""
 
     name: ClassVar[str] = "overlay"
+    _copy_mark = "trusted.overlay.origin"
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
@@ -76,57 +69,7 @@ class OverlayDriver(DirectoryDriver):
             ("Overlay Options", _FEATURES_OFF),
         ]
 
-    def metadata(self, id: str) -> dict[str, str]:
-        """Return Docker's keys: LowerDir (nearest first, if any), UpperDir, WorkDir, MergedDir."""
-        self._check_known(id)
-        layer = self._layers.path / id
-        parents = ":".join(map(str, self._lower_directories(id)))
-        lowers = {"LowerDir": parents} if parents else {}
-        return lowers | {
-            "UpperDir": str(layer / "diff"),
-            "WorkDir": str(layer / "work"),
-            "MergedDir": str(layer / "merged"),
-        }
-
-    def accounting(self, id: str) -> Accounting:
-        """Count the files that were copied up, each with the size that it has in the parent.
-
-        A file that was renamed after its copy-up counts with the size it has now. A file truncated as it was
-        opened counts as copied though its contents were not: overlayfs leaves no trace of that.
-        """
-        self._check_known(id)
-        upper = self._layers.path / id / "diff"
-        lowers = self._lower_directories(id)
-        sizes = ((_size_below(lowers, parts), size) for parts, size in _copied_up(upper))
-        copied = sum(now if below is None else below for below, now in sizes)
-        return Accounting(copy_bytes=copied, allocated_bytes=allocated_bytes(upper))
-
     # ---- layers ----------------------------------------------------------------------------------
-
-    def _snapshot(self, id: str, origin: str) -> None:
-        with self._new_layer(id, self.parent(origin)) as layer:
-            copy_tree(self._layers.path / origin / "diff", layer / "diff", reflink=True)
-
-    def _create(self, id: str, parent: str | None, *, writable: bool) -> None:  # noqa: ARG002
-        if parent is not None:
-            self._settle(parent, id)
-        with self._new_layer(id, parent) as layer:
-            if parent is not None:
-                copy_attributes(
-                    self._layers.path / parent / "diff", layer / "diff", without="trusted.overlay."
-                )
-
-    def _settle(self, parent: str, child: str) -> None:
-        """See to it that nobody writes to a parent: overlayfs shows a changing lower directory anyhow."""
-        merged = self._merged(parent)
-        if not mount.is_mounted(merged) or os.statvfs(merged).f_flag & os.ST_RDONLY:
-            return
-        if holders := self._home.holders(parent):
-            raise BusyError(
-                f'layer "{child}": its parent "{parent}" is mounted for writing by {holders[0]}: '
-                "unmount that first"
-            )
-        self._unmount(parent)
 
     @contextmanager
     def _new_layer(self, id: str, parent: str | None) -> Iterator[Path]:
@@ -136,10 +79,7 @@ class OverlayDriver(DirectoryDriver):
                 f'layer "{id}" would have {len(lowers)} parents, overlay takes {_MAX_LOWERS}: '
                 "start from an image with fewer layers"
             )
-        with self._layers.new(id, parent) as layer:
-            for name in ("diff", "merged", "work"):
-                (layer / name).mkdir()
-                (layer / name).chmod(0o755)
+        with super()._new_layer(id, parent) as layer:
             (layer / "lower").write_text(":".join(lowers))
             (layer / "link").write_text(self._new_link(id))
             yield layer
@@ -166,10 +106,7 @@ class OverlayDriver(DirectoryDriver):
 
     # ---- mounts ----------------------------------------------------------------------------------
 
-    def _mount(self, id: str, mount_label: str, *, read_only: bool, lasting: bool) -> Path:  # noqa: ARG002
-        merged = self._merged(id)
-        if mount.is_mounted(merged):
-            return merged
+    def _mount_union(self, id: str, merged: Path, mount_label: str, *, read_only: bool) -> None:
         links = os.open(self._links, os.O_RDONLY | os.O_DIRECTORY)
         try:
             # A root whose path is too long for 128 repetitions, or not fit for mount data, goes by a
@@ -182,7 +119,6 @@ class OverlayDriver(DirectoryDriver):
             mount.mount("overlay", merged, "overlay", read_only=read_only, options=options)
         finally:
             os.close(links)
-        return merged
 
     def _options(self, id: str, links: str, *, read_only: bool) -> str:
         link = self._link(id)
@@ -194,44 +130,10 @@ class OverlayDriver(DirectoryDriver):
             options += f",upperdir={links}/{link},workdir={links}/{link}/../work"
         return f"{options},{_FEATURES_OFF}"
 
-    def _unmount(self, id: str) -> None:
-        if mount.is_mounted(self._merged(id)):
-            mount.unmount(self._merged(id))
-
     # ---- names -----------------------------------------------------------------------------------
-
-    def _merged(self, id: str) -> Path:
-        return self._layers.path / id / "merged"
 
     def _link(self, id: str) -> str:
         return (self._layers.path / id / "link").read_text()
 
     def _lowers(self, id: str) -> list[str]:
         return [name for name in (self._layers.path / id / "lower").read_text().split(":") if name]
-
-    def _lower_directories(self, id: str) -> list[Path]:
-        return [(self._links / name).resolve() for name in self._lowers(id)]
-
-
-def _copied_up(upper: Path) -> Iterator[tuple[Parts, int]]:
-    """Yield the regular files that overlayfs copied up, which it marks, and their present sizes."""
-    with Root.open(upper) as root:
-        for visit in walk(root.descriptor):
-            if stat.S_ISREG(visit.status.st_mode):
-                path = descriptor_path(visit.directory, visit.name)
-                if "trusted.overlay.origin" in os.listxattr(path, follow_symlinks=False):
-                    yield visit.parts, visit.status.st_size
-
-
-def _size_below(lowers: list[Path], parts: Parts) -> int | None:
-    """Return the size that a regular file has in the nearest lower directory, None when it is in none."""
-    for lower in lowers:
-        with Root.open(lower) as root, suppress(OSError):
-            directory = root.open_directory(parts[:-1])
-            try:
-                info = os.stat(parts[-1], dir_fd=directory, follow_symlinks=False)
-            finally:
-                os.close(directory)
-            if stat.S_ISREG(info.st_mode):
-                return info.st_size
-    return None

@@ -175,15 +175,15 @@ def _send(source: int, target: int, begin: int, end: int) -> int:
     return position - begin
 
 
-def copy_attributes(source: str | Path, target: str | Path, *, without: str | None = None) -> None:
-    """Give one inode the attributes of another, but for xattrs whose names start with `without`."""
+def copy_attributes(source: str | Path, target: str | Path, *, without: tuple[str, ...] = ()) -> None:
+    """Give one inode the attributes of another, but for xattrs whose names start with one of `without`."""
     # In this order: a change of owner clears setuid bits and capabilities, and all of it moves ctime alone.
     info = os.stat(source, follow_symlinks=False)
     fresh = os.stat(target, follow_symlinks=False)
     if (info.st_uid, info.st_gid) != (fresh.st_uid, fresh.st_gid):
         os.chown(target, info.st_uid, info.st_gid, follow_symlinks=False)
     for attribute in os.listxattr(source, follow_symlinks=False):
-        if without is None or not attribute.startswith(without):
+        if not attribute.startswith(without):
             value = os.getxattr(source, attribute, follow_symlinks=False)
             os.setxattr(target, attribute, value, follow_symlinks=False)
     if not stat.S_ISLNK(info.st_mode):

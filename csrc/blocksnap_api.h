@@ -75,11 +75,12 @@ int bs_pool_open(const char *metadata, const char *data, unsigned int flags, str
 /* Let the pool on a metadata device that no one has open be written to again. The caller has checked it and found it
  * clean. */
 int bs_pool_clear_needs_check(const char *metadata);
-/* Commit (unless read-only or failed) and release. The handle is gone whatever is returned. -EBUSY while
- * devices are open: then nothing happened. */
+/* Commit (unless read-only) and release. The handle is gone whatever is returned: an error says that something was lost,
+ * now or in an earlier commit. -EBUSY while devices are open: then nothing happened. */
 int bs_pool_close(struct bs_pool *pool);
 /* Drop every handle without committing: what a killed process leaves. For tests. */
 void bs_pool_abandon(struct bs_pool *pool);
+/* After a failure every later one fails too: what was lost never counts as flushed. */
 int bs_pool_commit(struct bs_pool *pool);
 /* Between begin and end no commit happens but the one of end: the operations of one transaction reach the
  * disk together with the new transaction id. Flushes of other threads wait. end fails with -EINVAL if current

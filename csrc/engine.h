@@ -57,7 +57,8 @@ struct bs_pool {
 	struct bs_device *devices;
 	struct map_page *retired;
 	unsigned int nr_retired;
-	bool held; /* between begin and end */
+	bool broken; /* a transaction was lost: nothing counts as flushed any more */
+	bool held;   /* between begin and end */
 	pthread_t holder;
 	pthread_cond_t hold_ended;
 

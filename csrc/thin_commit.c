@@ -57,6 +57,7 @@ int break_transaction(struct bs_pool *pool, int err)
 	strncpy(message, bs_last_error(), sizeof(message) - 1);
 	message[sizeof(message) - 1] = 0;
 	thin_metadata_abort(pool->md);
+	pool->broken = true;
 	for (struct bs_device *d = pool->devices; d; d = d->next) {
 		map_cache_drop(&d->cache, &pool->retired);
 		atomic_store(&d->snapshotted_time, UINT32_MAX);
@@ -97,6 +98,9 @@ int commit_locked(struct bs_pool *pool)
 	struct thin_metadata_status status;
 	uint64_t *freed = NULL, nr_freed = 0, written = 0;
 
+	/* What was lost must not look flushed to who asks again. */
+	if (pool->broken)
+		return check_writable(pool);
 	thin_metadata_status(pool->md, &status);
 	if (!status.changed || pool->read_only || status.needs_check)
 		return status.failed ? check_writable(pool) : flush_data(pool);

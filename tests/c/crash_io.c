@@ -1,10 +1,12 @@
 #include "crash_io.h"
 
+#include <errno.h>
 #include <pthread.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "error.h"
 #include "test.h"
 
 struct record {
@@ -19,6 +21,10 @@ struct crash_log {
 	struct record *records;
 	size_t nr, capacity;
 	struct crash_io *devices[CRASH_DEVICES];
+	size_t requests, failures, fail_at;
+	int error;
+	bool lasting;
+	void (*watch)(const void *caller);
 };
 
 struct crash_io {
@@ -42,7 +48,7 @@ static void clear(struct crash_log *log)
 {
 	for (size_t i = 0; i < log->nr; i++)
 		free(log->records[i].data);
-	log->nr = 0;
+	log->nr = log->requests = 0;
 }
 
 void crash_log_destroy(struct crash_log *log)
@@ -61,6 +67,28 @@ void crash_log_destroy(struct crash_log *log)
 size_t crash_log_position(const struct crash_log *log)
 {
 	return log->nr;
+}
+
+void crash_log_fail(struct crash_log *log, size_t at, int error, bool lasting)
+{
+	log->fail_at = at;
+	log->error = error;
+	log->lasting = lasting;
+}
+
+size_t crash_log_requests(const struct crash_log *log)
+{
+	return log->requests;
+}
+
+size_t crash_log_failures(const struct crash_log *log)
+{
+	return log->failures;
+}
+
+void crash_log_watch(struct crash_log *log, void (*watch)(const void *caller))
+{
+	log->watch = watch;
 }
 
 void crash_log_rebase(struct crash_log *log)
@@ -82,41 +110,87 @@ static void append(struct crash_log *log, struct record record)
 	pthread_mutex_unlock(&log->lock);
 }
 
+/* Count a request; is it to fail? */
+static int fault(struct crash_io *c, const char *what, const void *caller)
+{
+	struct crash_log *log = c->log;
+
+	pthread_mutex_lock(&log->lock);
+	size_t n = log->requests++;
+	bool fails = log->error && (n == log->fail_at || (log->lasting && n > log->fail_at));
+	log->failures += fails;
+	if (log->watch)
+		log->watch(caller);
+	pthread_mutex_unlock(&log->lock);
+	return fails ? bs_fail(-log->error, "%s: %s fails on purpose", c->io.name, what) : 0;
+}
+
 static int crash_readv(struct io *io, uint64_t offset, const struct iovec *iov, int count)
 {
 	struct crash_io *c = (struct crash_io *)io;
+	int r = fault(c, "read", __builtin_return_address(0));
 
 	for (int i = 0; i < count; i++) {
 		CHECK(offset + iov[i].iov_len <= c->size);
-		memcpy(iov[i].iov_base, c->content + offset, iov[i].iov_len);
+		/* What a failed read leaves in the buffer must not matter. */
+		if (r < 0)
+			memset(iov[i].iov_base, 0xa5, iov[i].iov_len);
+		else
+			memcpy(iov[i].iov_base, c->content + offset, iov[i].iov_len);
 		offset += iov[i].iov_len;
 	}
-	return 0;
+	return r;
+}
+
+/* Write to the content and to the log; NULL writes zeros. */
+static void put(struct crash_io *c, uint64_t offset, const void *data, uint64_t length)
+{
+	struct record record = {.device = c->device, .offset = offset, .length = length};
+
+	CHECK(offset + length <= c->size);
+	record.data = calloc(1, length);
+	CHECK(record.data);
+	if (data)
+		memcpy(record.data, data, length);
+	memcpy(c->content + offset, record.data, length);
+	append(c->log, record);
 }
 
 static int crash_writev(struct io *io, uint64_t offset, const struct iovec *iov, int count)
 {
 	struct crash_io *c = (struct crash_io *)io;
+	int r = fault(c, "write", __builtin_return_address(0));
 
 	for (int i = 0; i < count; i++) {
-		struct record record = {.device = c->device, .offset = offset, .length = iov[i].iov_len};
+		size_t length = r < 0 ? iov[i].iov_len / 1024 * 512 : iov[i].iov_len;
 
-		CHECK(offset + iov[i].iov_len <= c->size);
-		record.data = malloc(iov[i].iov_len);
-		memcpy(record.data, iov[i].iov_base, iov[i].iov_len);
-		memcpy(c->content + offset, iov[i].iov_base, iov[i].iov_len);
-		append(c->log, record);
-		offset += iov[i].iov_len;
+		if (length)
+			put(c, offset, iov[i].iov_base, length);
+		if (r < 0)
+			break;
+		offset += length;
 	}
-	return 0;
+	return r;
 }
 
 static int crash_flush(struct io *io)
 {
 	struct crash_io *c = (struct crash_io *)io;
+	int r = fault(c, "flush", __builtin_return_address(0));
 
-	append(c->log, (struct record){.device = c->device, .flush = true});
-	return 0;
+	if (r == 0)
+		append(c->log, (struct record){.device = c->device, .flush = true});
+	return r;
+}
+
+static int crash_punch(struct io *io, uint64_t offset, uint64_t length)
+{
+	struct crash_io *c = (struct crash_io *)io;
+	int r = fault(c, "punch", __builtin_return_address(0));
+
+	if (r == 0)
+		put(c, offset, NULL, length);
+	return r;
 }
 
 static int64_t crash_size(struct io *io)
@@ -134,6 +208,7 @@ static const struct io_ops crash_ops = {
 	.readv = crash_readv,
 	.writev = crash_writev,
 	.flush = crash_flush,
+	.punch = crash_punch,
 	.size = crash_size,
 	.close = crash_close,
 };

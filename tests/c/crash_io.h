@@ -4,6 +4,8 @@
  * A log holds the writes and flushes of several devices in order. The state after a cut at a point of the log
  * is any in which each device holds all writes before its last flush, and of the later ones a subset, in any
  * order among those that do not overlap, each whole or torn at a multiple of 512 bytes.
+ *
+ * The devices can also be made to fail: a chosen request ends with an error, a write after its first half.
  */
 #ifndef CRASH_IO_H
 #define CRASH_IO_H
@@ -22,6 +24,16 @@ size_t crash_log_position(const struct crash_log *log);
 int crash_io_create(struct crash_log *log, int device, const void *start, uint64_t size, struct io **ret);
 /* From here on the present content is the start state, and the log is empty. */
 void crash_log_rebase(struct crash_log *log);
+
+/* Let request number `at` of the log's devices (reads, writes, flushes, punches, from 0) fail with -error; with
+ * lasting all later ones too. */
+void crash_log_fail(struct crash_log *log, size_t at, int error, bool lasting);
+/* Requests so far. */
+size_t crash_log_requests(const struct crash_log *log);
+/* Requests that failed on purpose so far. */
+size_t crash_log_failures(const struct crash_log *log);
+/* Called with the code address that made a request, before each. */
+void crash_log_watch(struct crash_log *log, void (*watch)(const void *caller));
 
 /* How the unflushed writes are treated. */
 enum crash_kind { CRASH_PREFIX, CRASH_SUBSET, CRASH_TORN };

@@ -159,7 +159,48 @@ struct bs_usage {
 
 /* Mapped and exclusive data blocks of every device by ascending id; returns the number of devices (even if
  * more than capacity; then only capacity are written). */
-int bs_metadata_usage(const char *metadata, struct bs_usage *out, int capacity);
+int bs_metadata_usage(const char *metadata, int held, struct bs_usage *out, int capacity);
+/* The details of the devices by ascending id from begin on; returns the number written to out. */
+int bs_metadata_devices(
+	const char *metadata, int held, uint32_t begin, struct bs_device_info *out, int capacity);
+/* The mappings of a device by ascending thin block from begin on; returns the number written to out. */
+int bs_metadata_mappings(
+	const char *metadata, int held, uint32_t id, uint64_t begin, struct bs_mapping *out, int capacity);
+
+/* ---- repair (thin_repair.c) ---- */
+
+/* What the damaged superblock may not tell; 0 = not known. */
+struct bs_repair_options {
+	uint64_t block_size; /* of data blocks */
+	uint64_t data_bytes; /* of the data device */
+	uint64_t transaction_id;
+};
+
+/* The new pool. */
+struct bs_repair_result {
+	uint64_t devices;
+	uint64_t mappings;
+	uint64_t devices_lost; /* with all of their mappings */
+	uint64_t losses;       /* ranges and single mappings of other devices that are lost */
+	uint64_t changes;      /* what had to be made up, nothing of which loses data */
+	uint64_t transaction_id;
+	uint64_t block_size;
+	uint64_t data_blocks;
+	uint32_t time;
+	uint8_t roots_found; /* the superblock did not lead to the trees: they were found by a scan */
+};
+
+/* Write to output, which must begin with a zero block, what can be read of damaged metadata that nobody writes;
+ * the damaged ones are only read. Counts are made anew, needs_check is cleared, a held metadata snapshot is
+ * dropped. Each line on fd has fields separated by tabs, "-" for none:
+ *   device  ID  MAPPINGS  BEFORE  -        a device of the new pool, and what its details said
+ *   gone    ID  -         BEFORE  WHY      a device of which nothing is left
+ *   lost    ID  BEGIN     LAST    WHY      thin blocks of a device (no ID: ids of devices) that may have been mapped
+ *   changed ID  -         -       WHAT
+ * -EOPNOTSUPP for features that this version does not know, -EINVAL if an option is needed, -ENOSPC if output is
+ * too small, -EILSEQ if there is nothing to save. */
+int bs_metadata_repair(const char *metadata, const char *output, const struct bs_repair_options *options,
+	int fd, struct bs_repair_result *ret);
 
 /* ---- loop devices and mounts (mount.c) ---- */
 

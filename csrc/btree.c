@@ -14,6 +14,7 @@
  */
 #include "btree.h"
 
+#include <assert.h>
 #include <errno.h>
 #include <inttypes.h>
 #include <stdlib.h>
@@ -246,6 +247,24 @@ int btree_create(const struct btree *tree, uint64_t *ret_root)
 	if (r == 0)
 		*ret_root = b->nr;
 	return r;
+}
+
+int btree_write_node(const struct btree *tree, bool leaf, const uint64_t *keys, const void *values,
+	uint32_t nr, uint64_t *ret)
+{
+	struct bm_block *b;
+	int r = new_node(tree, leaf, &b);
+
+	if (r < 0)
+		return r;
+	struct disk_node *n = node_of(b);
+	assert(nr <= node_max(n));
+	for (uint32_t i = 0; i < nr; i++)
+		n->keys[i] = le64_of(keys[i]);
+	memcpy(node_value(n, 0), values, (size_t)nr * le32_get(n->value_size));
+	node_set_nr(n, nr);
+	*ret = b->nr;
+	return 0;
 }
 
 /* ---- look-up ---- */

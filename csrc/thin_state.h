@@ -23,6 +23,7 @@ struct thin_metadata {
 	uint32_t flags;
 	bool changed;
 	bool failed;
+	uint64_t nodes_rebuilt; /* thin_rebuild.c */
 	struct thin_device *devices;
 	struct disk_superblock superblock;
 };

@@ -19,7 +19,7 @@ from pathlib import Path
 from .. import mount
 from ..errors import BlocksnapError, BusyError, NoSpaceError, NotSupportedError
 from ..file_system import find_program
-from .verdict import format_bytes
+from ..units import format_size
 
 __all__ = [
     "DEFAULT_WORK_DIR",
@@ -176,7 +176,7 @@ def check_space(directory: Path, needed: int) -> None:
     status = os.statvfs(directory)
     free = status.f_bavail * status.f_frsize
     if free < needed:
-        has, needs = format_bytes(free), format_bytes(needed)
+        has, needs = format_size(free), format_size(needed)
         raise NoSpaceError(f"{directory} has {has} free, {needs} are needed: choose another --work-dir")
 
 

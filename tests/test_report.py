@@ -13,12 +13,14 @@ from rich.console import Console
 
 from blocksnap.amplification.latency import Latency, Samples, Steady, latency_of
 from blocksnap.amplification.plot import _LABEL_HEIGHT, _spread, write_plots
+from blocksnap.amplification.repeats import combined
 from blocksnap.amplification.report import comparison_table, notes, write_csv, write_report
 from blocksnap.amplification.result import (
     PARTS,
     Comparison,
     Measurement,
     Skipped,
+    Spread,
     Target,
 )
 from blocksnap.amplification.verdict import format_bytes, format_ratio, format_seconds, verdict
@@ -130,13 +132,35 @@ def test_verdict_of_drivers_without_figures_is_honest() -> None:
 def test_unknown_figures_are_null_in_json_and_never_left_out() -> None:
     known, unknown = row("overlay", 3).as_dict(), Measurement(target=Target("vfs")).as_dict()
     assert known.keys() == unknown.keys()
-    assert {name for name, value in unknown.items() if value is not None} == {"driver"}
+    assert {name for name, value in unknown.items() if value is not None} == {
+        "driver",
+        "phases",
+        "runs",
+    }
+    assert unknown["phases"] == unknown["runs"] == []
 
 
 def test_amplifications_are_ratios_of_the_bytes() -> None:
     measured = replace(row("overlay", 3), changed_bytes=MIB // 2)
     assert measured.write_amplification == 3
     assert measured.space_amplification == 4
+
+
+def test_row_of_several_runs_has_the_bytes_of_one_and_the_median_seconds() -> None:
+    runs = [
+        replace(row("thin", amplification, 4096), seconds=seconds)
+        for amplification, seconds in ((9, 1.0), (5, 3.0), (7, 2.5))
+    ]
+    whole = combined(runs)
+    assert (whole.write_amplification, whole.seconds) == (7, 2.5)
+    assert whole.spread is not None
+    assert whole.spread["write_amplification"] == Spread(5, 7, 9)
+    assert whole.spread["latency_first"] == Spread(0.05, 0.05, 0.05)
+    written = whole.as_dict()
+    assert [run["backing_bytes"] for run in written["runs"]] == [9 * MIB, 5 * MIB, 7 * MIB]
+    assert combined(runs[:1]) is runs[0]
+    broken = [runs[0], Measurement(target=Target("thin", 4096), error="pool on fire")]
+    assert combined(broken).error == "run 2: pool on fire"
 
 
 def test_counters_of_the_pool_stand_in_where_there_is_no_device() -> None:

@@ -11,22 +11,25 @@ import inspect
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import datetime
+from itertools import product
 from pathlib import Path
 
 from .. import drivers, mount
-from ..drivers import Accounting, Driver
+from ..drivers import Driver
 from ..errors import ArgumentError, BlocksnapError, NotSupportedError
 from .base_image import BaseImage
 from .interrupts import deferred_interrupts
-from .latency import latency_of
 from .machine import describe_machine
+from .phases import BASE, Counters, Phase, epoch_of, latency_over, sum_of, summed_parts
+from .repeats import combined
 from .result import BASELINE, Comparison, Measurement, Skipped, Target
 from .testbed import DEFAULT_WORK_DIR, Testbed, check_space, open_testbed, work_directory
 from .volume import Volume
-from .workload import Outcome, Workload
+from .workload import Workload
 
 __all__ = ["DEFAULT_BLOCK_SIZES", "DEFAULT_DRIVERS", "compare", "targets_for"]
 
@@ -58,37 +61,49 @@ def compare(
     workload: Workload,
     targets: Sequence[Target],
     *,
+    repeats: int = 1,
+    snapshots: int = 0,
     work_dir: Path = DEFAULT_WORK_DIR,
     keep: bool = False,
     progress: Progress = lambda target, phase: None,  # noqa: ARG005
 ) -> Comparison:
     """Measure a workload on every target and return the figures.
 
-    Needs root for loop devices; without it only drivers that need none run, in a plain directory. On Ctrl-C
-    nothing stays mounted, and KeyboardInterrupt is raised. With keep the backing files stay in the work
-    directory.
+    Every target is measured once, then every one again, `repeats` times, so that a slow change of the machine
+    meets all alike. The workload runs once more after each of the snapshots. Needs root for loop devices;
+    without it only drivers that need none run, in a plain directory. On Ctrl-C nothing stays mounted, and
+    KeyboardInterrupt is raised. With keep the backing files stay in the work directory.
     """
-    start = time.monotonic()
-    results: list[Measurement] = []
+    start, when = time.monotonic(), datetime.now().astimezone()
+    runs: dict[Target, list[Measurement]] = {target: [] for target in targets}
     skipped: dict[str, str] = {}
     with deferred_interrupts() as interrupts, work_directory(work_dir, keep=keep) as directory:
         machine = describe_machine(work_dir)
-        workload = _staged(workload, directory, interrupts.check)
-        for target in targets:
-            run = _Run(workload, target, directory, keep, interrupts.check, progress)
-            if target.driver in skipped:
+        staged = _staged(workload, directory, interrupts.check)
+        for number, target in product(range(repeats), targets):
+            if target.driver in skipped or any(run.error for run in runs[target]):
                 continue
+            run = _Run(staged, target, directory, number, snapshots + 1, keep, interrupts.check, progress)
             interrupts.check()
             try:
-                results.append(run.measure())
+                runs[target].append(run.measure())
             except _CannotRunError as reason:
                 skipped[target.driver] = str(reason)
             except Exception as error:  # noqa: BLE001 - a driver of a third party may raise anything
                 _log.debug("%s failed", target.label, exc_info=True)
-                results.append(Measurement(target=target, error=_sentence(error)))
-    left_out = [Skipped(driver, reason) for driver, reason in skipped.items()]
-    kept = str(directory) if keep else None
-    return Comparison(machine, workload.describe(), results, left_out, time.monotonic() - start, kept)
+                runs[target].append(Measurement(target=target, error=_sentence(error)))
+        described = staged.describe()
+    return Comparison(
+        machine,
+        described,
+        [combined(done) for done in runs.values() if done],
+        [Skipped(driver, reason) for driver, reason in skipped.items()],
+        time.monotonic() - start,
+        str(directory) if keep else None,
+        repeats,
+        snapshots,
+        when.isoformat(timespec="minutes"),
+    )
 
 
 def _staged(workload: Workload, directory: Path, check: Callable[[], None]) -> Workload:
@@ -119,26 +134,22 @@ def _may_use_loop() -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Counters:
-    backing: int | None
-    used: int | None
-
-
-@dataclass(frozen=True, slots=True)
 class _Run:
     """One target from the empty file system to its figures."""
 
     workload: Workload
     target: Target
     directory: Path
+    number: int
+    epochs: int
     keep: bool
     check: Callable[[], None]
     progress: Progress
 
     @property
     def _pool_size(self) -> int:
-        """Room for the image, a copy of it, and what the workload adds, which is unknown of a command."""
-        return 3 * self.workload.base.total_bytes + self.workload.ROOM
+        """Room for the image, a copy of it in each epoch, and what the workload adds."""
+        return (2 + self.epochs) * self.workload.base.total_bytes + self.epochs * self.workload.ROOM
 
     @property
     def _file_system_size(self) -> int:
@@ -148,13 +159,17 @@ class _Run:
     def measure(self) -> Measurement:
         check_space(self.directory, self._pool_size)
         self._step("file system")
-        name = self.target.label.replace(" ", "-")
+        name = self.target.label.replace(" ", "-") + (f"-{self.number + 1}" if self.number else "")
         size = self._file_system_size
         testbed = open_testbed(self.directory, name, size, on_loop=_may_use_loop(), keep=self.keep)
         with testbed as bed, self._open_driver(bed) as driver:
             self._step("base image")
-            parent = self._prepare(driver)
-            return self._window(bed, driver, parent)
+            base, parent = self._base(bed, driver)
+            epochs = []
+            for epoch in range(self.epochs):
+                epochs.append(self._epoch(bed, driver, parent, epoch))
+                parent = _container(epoch)
+            return self._row(base, epochs, getattr(driver, "engine", None))
 
     def _step(self, phase: str) -> None:
         self.check()
@@ -207,82 +222,68 @@ class _Run:
         assert parent is not None
         return parent
 
-    def _window(self, bed: Testbed, driver: Driver | Volume, parent: str) -> Measurement:
+    def _base(self, bed: Testbed, driver: Driver | Volume) -> tuple[Phase, str]:
+        before, start = Counters.of(bed), time.perf_counter()
+        parent = self._prepare(driver)
         driver.sync()
-        bed.settle()
-        before = _Counters(bed.written_bytes(), bed.used_bytes())
+        seconds = time.perf_counter() - start
+        counted = Counters.of(bed).since(before)
+        phase = Phase(name=BASE, backing_bytes=counted.backing, allocated_bytes=counted.used)
+        return replace(phase, seconds=seconds), parent
+
+    def _epoch(self, bed: Testbed, driver: Driver | Volume, parent: str, epoch: int) -> Phase:
+        before, id = Counters.of(bed), _container(epoch)
         self._step("container")
         start = time.perf_counter()
-        driver.create_read_write(_CONTAINER, parent)
-        root = driver.get(_CONTAINER)
+        driver.create_read_write(id, parent)
+        root = driver.get(id)
         create_seconds = time.perf_counter() - start
         try:
             self._step("workload")
-            outcome = self.workload.run(root, check=self.check)
+            outcome = self.workload.run(root, epoch=epoch, check=self.check)
             self.progress(self.target, "sync")
             start = time.perf_counter()
             mount.sync_filesystem(root)
         finally:
-            driver.put(_CONTAINER)
+            driver.put(id)
         driver.sync()
         sync_seconds = time.perf_counter() - start
-        accounting = driver.accounting(_CONTAINER)
-        bed.settle()
-        after = _Counters(bed.written_bytes(), bed.used_bytes())
-        row = self._row(outcome, accounting, before, after)
-        engine = getattr(driver, "engine", None)
-        return replace(row, engine=engine, create_seconds=create_seconds, sync_seconds=sync_seconds)
+        accounting = driver.accounting(id)
+        phase = epoch_of(epoch, outcome, accounting, Counters.of(bed).since(before))
+        return replace(phase, create_seconds=create_seconds, sync_seconds=sync_seconds)
 
-    def _row(
-        self, outcome: Outcome, accounting: Accounting, before: _Counters, after: _Counters
-    ) -> Measurement:
-        backing = _difference(before.backing, after.backing)
+    def _row(self, base: Phase, epochs: Sequence[Phase], engine: str | None) -> Measurement:
         changed = self.workload.changed_bytes
-        used = _difference(before.used, after.used)
-        by_driver = accounting.allocated_bytes is not None
-        parts = _parts(accounting, backing)
+        written = sum_of(epoch.application_bytes for epoch in epochs)
+        backing, parts = sum_of(epoch.backing_bytes for epoch in epochs), summed_parts(epochs)
         return Measurement(
             target=self.target,
-            application_bytes=outcome.application_bytes,
-            changed_bytes=outcome.application_bytes if changed is None else changed,
+            engine=engine,
+            application_bytes=written,
+            changed_bytes=written if changed is None else changed * len(epochs),
             changed_bytes_source="application_bytes" if changed is None else "workload",
-            filesystem_bytes=accounting.filesystem_bytes,
+            filesystem_bytes=sum_of(epoch.filesystem_bytes for epoch in epochs),
             backing_bytes=backing,
-            copy_bytes=accounting.copy_bytes,
-            metadata_bytes=accounting.metadata_bytes,
-            allocated_bytes=accounting.allocated_bytes if by_driver else used,
-            allocated_bytes_source="driver" if by_driver else None if used is None else "statvfs",
+            copy_bytes=sum_of(epoch.copy_bytes for epoch in epochs),
+            metadata_bytes=sum_of(epoch.metadata_bytes for epoch in epochs),
+            allocated_bytes=sum_of(epoch.allocated_bytes for epoch in epochs),
+            allocated_bytes_source=epochs[0].allocated_bytes_source,
             write_amplification_source=_source(backing, parts),
             parts=parts,
-            seconds=outcome.seconds,
-            operations=outcome.operations,
-            latency=latency_of([outcome.samples] if outcome.samples else []),
+            create_seconds=sum_of(epoch.create_seconds for epoch in epochs),
+            seconds=sum_of(epoch.seconds for epoch in epochs),
+            sync_seconds=sum_of(epoch.sync_seconds for epoch in epochs),
+            operations=sum_of(epoch.operations for epoch in epochs),
+            latency=latency_over(epochs),
+            phases=(base, *epochs),
         )
 
 
-def _source(backing: int | None, parts: dict[str, int] | None) -> str | None:
+def _source(backing: int | None, parts: Mapping[str, int] | None) -> str | None:
     if backing is not None:
         return "loop device"
     return None if parts is None else "pool counters"
 
 
-def _difference(before: int | None, after: int | None) -> int | None:
-    return None if before is None or after is None else after - before
-
-
-def _parts(accounting: Accounting, backing: int | None) -> dict[str, int] | None:
-    """Split what reached the backing device; `outside` is what nobody above the device's own counter has
-    counted.
-    """
-    counted = {
-        "data": accounting.data_bytes,
-        "copied": accounting.copy_bytes,
-        "zero_filled": accounting.zero_filled_bytes,
-        "pool_metadata": accounting.metadata_bytes,
-    }
-    known = {name: value for name, value in counted.items() if value is not None}
-    if len(known) < len(counted):
-        return None
-    if backing is not None:
-        known["outside"] = backing - sum(known.values())
-    return known
+def _container(epoch: int) -> str:
+    return f"container-{epoch}"

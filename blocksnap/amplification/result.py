@@ -6,9 +6,11 @@ A figure that a driver cannot give is None (null in JSON), never 0 and never lef
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..units import format_size
 from .latency import Latency
+from .phases import BASE, Phase
 
 __all__ = [
     "BASELINE",
@@ -16,6 +18,7 @@ __all__ = [
     "Comparison",
     "Measurement",
     "Skipped",
+    "Spread",
     "Target",
 ]
 
@@ -50,15 +53,24 @@ class Skipped:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """The least, the middle and the greatest value of a figure over the runs."""
+
+    min: float
+    median: float
+    max: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """The figures of one target, bytes and seconds, over the window that begins before the container layer is
-    created.
+    """The figures of one target, bytes and seconds, summed over all epochs.
 
     write_amplification = backing_bytes / application_bytes; where there is no loop device to count (not
     root), the bytes that the pool counted itself stand in, and write_amplification_source says so.
     space_amplification = allocated_bytes / changed_bytes. changed_bytes_source: "workload" knows it, or
-    "application_bytes" stands in (too high when the same place is written twice).
+    "application_bytes" stands in (too high when the same place is written twice). Of several runs the bytes
+    are those of the one with the median write amplification, so that they add up; seconds are medians.
     """
 
     target: Target
@@ -79,11 +91,20 @@ class Measurement:
     sync_seconds: float | None = None
     operations: int | None = None
     latency: Latency | None = None
+    phases: tuple[Phase, ...] = ()
+    runs: tuple["Measurement", ...] = ()
+    """Each run, when there were several."""
+    spread: Mapping[str, Spread] | None = None
     error: str | None = None
 
     @property
     def label(self) -> str:
         return self.target.label
+
+    @property
+    def epochs(self) -> tuple[Phase, ...]:
+        """The phases in which the workload ran."""
+        return tuple(phase for phase in self.phases if phase.name != BASE)
 
     @property
     def written_bytes(self) -> int | None:
@@ -100,7 +121,14 @@ class Measurement:
     def space_amplification(self) -> float | None:
         return _ratio(self.allocated_bytes, self.changed_bytes)
 
-    def as_dict(self) -> dict[str, object]:
+    def figures(self) -> dict[str, float | int | None]:
+        """Return the numbers that differ from run to run, flat."""
+        latency = self.latency
+        return {name: getattr(self, name) for name in _FIGURES} | {
+            f"latency_{name}": getattr(latency, name) if latency else None for name in _WAITS
+        }
+
+    def as_dict(self) -> dict[str, Any]:
         """Return the row of the JSON result: contract fields first, additions behind them."""
         return {
             "driver": self.target.driver,
@@ -124,8 +152,30 @@ class Measurement:
             "allocated_bytes_source": self.allocated_bytes_source,
             "write_amplification_source": self.write_amplification_source,
             "parts": dict(self.parts) if self.parts is not None else None,
+            "phases": [phase.as_dict() for phase in self.phases],
+            "spread": _plain_spread(self.spread),
+            "runs": [run.figures() for run in self.runs],
             "error": self.error,
         }
+
+
+_FIGURES = (
+    "application_bytes",
+    "backing_bytes",
+    "copy_bytes",
+    "metadata_bytes",
+    "allocated_bytes",
+    "write_amplification",
+    "space_amplification",
+    "create_seconds",
+    "seconds",
+    "sync_seconds",
+)
+_WAITS = ("first", "p50", "p99", "max")
+
+
+def _plain_spread(spread: Mapping[str, Spread] | None) -> dict[str, object] | None:
+    return None if spread is None else {name: dataclasses.asdict(value) for name, value in spread.items()}
 
 
 def _ratio(numerator: int | None, denominator: int | None) -> float | None:
@@ -134,7 +184,7 @@ def _ratio(numerator: int | None, denominator: int | None) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """All rows of one run, what ran them, what was left out, where backing files were kept."""
+    """All rows of one workload, what ran them, what was left out, where backing files were kept."""
 
     machine: Mapping[str, object]
     workload: Mapping[str, object]
@@ -142,6 +192,15 @@ class Comparison:
     skipped: Sequence[Skipped] = ()
     seconds: float = 0.0
     kept: str | None = None
+    repeats: int = 1
+    snapshots: int = 0
+    when: str | None = None
+    """Local time with its zone, to the minute."""
+
+    @property
+    def name(self) -> str:
+        """The name of the workload."""
+        return str(self.workload["name"])
 
     @property
     def measured(self) -> list[Measurement]:
@@ -156,6 +215,9 @@ class Comparison:
             "results": [row.as_dict() for row in self.results],
             "skipped": [dataclasses.asdict(skipped) for skipped in self.skipped],
             "parts": PARTS,
+            "repeats": self.repeats,
+            "snapshots": self.snapshots,
             "seconds": self.seconds,
+            "when": self.when,
             "kept": self.kept,
         }

@@ -2,8 +2,8 @@
 
     python -m bench.trace_stream --requests 100000000 | blocksnap analyze -
 
-Skewed writes with sequential runs on one 64 GiB device, a third of them reads, ten thousand requests a second,
-as `vscsi` records (version 1) or as `alibaba` lines.
+Skewed writes in sequential runs on one 64 GiB device, a third of the runs reads, ten thousand requests a
+second, as `vscsi` records (version 1) or as `alibaba` lines.
 """
 
 import argparse
@@ -31,7 +31,7 @@ VSCSI = np.dtype(
 
 
 def pieces(requests: int, seed: int = 1) -> Iterator[npt.NDArray[np.void]]:
-    """Yield arrays of VSCSI: runs of 1 to 64 requests of 4 to 64 KiB, their starts in cubes of uniform numbers."""
+    """Yield arrays of VSCSI: runs of 1 to 64 requests of 4 to 64 KiB, starts skewed to low sectors."""
     random = np.random.default_rng(seed)
     for first in range(0, requests, PIECE):
         count = min(PIECE, requests - first)

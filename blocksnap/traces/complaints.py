@@ -32,12 +32,15 @@ class Complaints:
         self.records += 1
         self.unread.append(name)
 
-    def check_end(self, stream: ByteStream, record: int, rest: int) -> None:
-        """Complain if a file ended early, or within a record of which `rest` bytes are there."""
+    def check_end(self, stream: ByteStream, record: int, rest: int, *, without: str = "") -> None:
+        """Complain if a file ended early, or within a record of which `rest` bytes are there.
+
+        `without` names what it lacks.
+        """
         if stream.damage is not None:
             self.end(stream.name, record, stream.damage)
         elif rest:
-            self.end(stream.name, record, f"the file ends within it, after {rest} bytes")
+            self.end(stream.name, record, f"the file ends within it, after {rest} bytes{without}")
 
     def _complain(self, sentence: str, remedy: str) -> None:
         if not self.keep_going:

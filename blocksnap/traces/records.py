@@ -68,7 +68,8 @@ def read_records(
     if window.is_full:
         complaints.end(stream.name, record + 1, "does not end within 4 MiB: damaged, or of another format")
     else:
-        complaints.check_end(stream, record + 1, len(window.view))
+        without = " without a newline" if ending else ""
+        complaints.check_end(stream, record + 1, len(window.view), without=without)
 
 
 def _pieces(window: Window, read: Callable[[memoryview], Piece]) -> Iterator[Piece]:

@@ -109,13 +109,18 @@ def read_text(
     A last line without a newline counts as cut if its end matters: nothing tells whether a number is whole.
     """
     _skip_lines(stream, layout.skip)
-    first = stream.peek(_LINE).partition(b"\n")[0]
+    first = _first_line(stream.peek(_LINE))
 
     def ending(rest: bytes) -> bytes:
         line = rest.rpartition(b"\n")[2]
         return b"\n" if line and _is_whole(line, first, layout) else b""
 
     return read_records(stream, _Parser(layout, ordered=ordered).read, complaints, ending=ending)
+
+
+def _first_line(head: bytes) -> bytes:
+    lines = (line.strip() for line in head.split(b"\n"))
+    return next((line for line in lines if line and not line.startswith(b"#")), b"")
 
 
 def _is_whole(line: bytes, first: bytes, layout: Layout) -> bool:

@@ -63,7 +63,7 @@ class Trace:
         options = _Options(format=format and format_named(format), columns=columns, event=event, sort=sort)
         self.complaints = Complaints(keep_going=keep_going)
         self.has_times = True
-        self.formats: list[str] = []
+        self.files: list[dict[str, object]] = []
         self._device = device
         self._streams: list[ByteStream] = []
         self._window = max(1 << 14, WINDOW // max(1, len(paths)))
@@ -75,7 +75,7 @@ class Trace:
 
     def _source(self, stream: ByteStream, options: _Options) -> Iterator[Requests]:
         name = options.format or detect(stream)
-        self.formats.append(name)
+        self.files.append({"path": stream.name, "format": name, "compression": stream.compression})
         ordered = not options.sort
         if name == "blktrace":
             source = read_blktrace(stream, self.complaints, event=options.event)

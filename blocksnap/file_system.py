@@ -2,8 +2,10 @@
 xfsprogs and fuse2fs, which work on the files of an export.
 """
 
+import fcntl
 import os
 import shutil
+import struct
 import subprocess
 import tempfile
 import time
@@ -13,13 +15,24 @@ from typing import IO
 from . import mount
 from .errors import ArgumentError, BlocksnapError, BusyError, NotSupportedError
 
-__all__ = ["FILE_SYSTEMS", "Fuse2fs", "find_program", "make_file_system", "may_mount", "unmount_fuse"]
+__all__ = [
+    "FILE_SYSTEMS",
+    "Fuse2fs",
+    "find_program",
+    "grow_ext4",
+    "grow_xfs",
+    "make_file_system",
+    "may_mount",
+    "unmount_fuse",
+]
 
 FILE_SYSTEMS = ("ext4", "xfs")
 
 _PACKAGES = {
     "mke2fs": "e2fsprogs",
     "debugfs": "e2fsprogs",
+    "e2fsck": "e2fsprogs",
+    "resize2fs": "e2fsprogs",
     "mkfs.xfs": "xfsprogs",
     "fuse2fs": "fuse2fs",
     "fusermount3": "fuse3",
@@ -29,6 +42,9 @@ _PACKAGES = {
 _EXT4 = ("-q", "-F", "-t", "ext4", "-m", "0", "-i", "65536")
 _EXT4_EXTENDED = "nodiscard,lazy_itable_init=0,lazy_journal_init=0"
 _MOUNT_SECONDS = 10.0
+
+_XFS_GROW_DATA = 0x4010586E  # fs/xfs/libxfs/xfs_fs.h of the kernel
+_XFS_INODE_PERCENT = 25  # what mkfs.xfs gives a file system of less than 1 TiB
 
 
 def may_mount() -> bool:
@@ -66,11 +82,29 @@ def make_file_system(path: Path, kind: str) -> None:
         )
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str], *, good: tuple[int, ...] = (0,)) -> None:
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    if done.returncode != 0:
+    if done.returncode not in good:
         said = " ".join(done.stderr.split())
         raise BlocksnapError(f"{Path(command[0]).name} failed on {command[-1]}: {said}")
+
+
+def grow_ext4(path: str | os.PathLike[str]) -> None:
+    """Let an ext4 that is not mounted take all of its device or file, which has grown."""
+    _run([_program("e2fsck"), "-f", "-p", os.fspath(path)], good=(0, 1))  # what resize2fs insists on
+    _run([_program("resize2fs"), os.fspath(path)])
+
+
+def grow_xfs(mounted: str | os.PathLike[str], size: int) -> None:
+    """Let a mounted xfs take all of its device, which has grown to `size` bytes."""
+    blocks = size // os.statvfs(mounted).f_bsize
+    descriptor = os.open(mounted, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(descriptor, _XFS_GROW_DATA, struct.pack("=QIxxxx", blocks, _XFS_INODE_PERCENT))
+    except OSError as error:
+        raise BlocksnapError(f"{os.fspath(mounted)} cannot grow to {size} bytes: {error.strerror}") from None
+    finally:
+        os.close(descriptor)
 
 
 def unmount_fuse(target: str | os.PathLike[str], *, lazy: bool = False) -> None:

@@ -147,7 +147,8 @@ def loop_devices(below: Path | None = None) -> list[LoopDevice]:
 
 def _is_over(attribute: Path, directory: Path) -> bool:
     try:
-        return Path(attribute.read_text(errors="surrogateescape")).is_relative_to(directory)
+        backing = attribute.read_text(errors="surrogateescape").removesuffix("\n")
+        return Path(backing).is_relative_to(directory)
     except OSError:  # detached meanwhile
         return False
 

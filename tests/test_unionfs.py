@@ -1,10 +1,8 @@
 """What is particular to the unionfs driver: a server for each mount, marks of copies, two programs."""
 
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from blocksnap import drivers, errors, mount
 from blocksnap.drivers.unionfs import UnionfsDriver
 from blocksnap.file_system import find_program
 from tests.layer_roots import as_ordinary_user
+from tests.processes import kill_processes, processes_below
 
 reason = UnionfsDriver.missing(Path("/tmp"))
 pytestmark = pytest.mark.skipif(reason is not None, reason=f"unionfs: {reason}")
@@ -38,7 +37,7 @@ def driver(tmp_path: Path, program: str) -> Iterator[UnionfsDriver]:
     driver = UnionfsDriver(tmp_path / "root", program=program)
     yield driver
     driver.cleanup()
-    assert servers(driver.root) == []
+    assert processes_below(driver.root) == []
 
 
 @pytest.fixture
@@ -57,27 +56,14 @@ def make(driver: drivers.Driver, id: str, parent: str | None = None, **files: st
             (root / name).write_text(text)
 
 
-def servers(root: Path) -> list[int]:
-    """Return the processes that were started with a path below a root."""
-    found = []
-    for directory in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (directory / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if any(word.startswith(os.fsencode(root)) for word in words[1:]):
-            found.append(int(directory.name))
-    return found
-
-
 def test_each_mount_has_a_server_that_ends_with_it(driver: UnionfsDriver) -> None:
     make(driver, "base", file="text")
     make(driver, "child", "base")
     with driver.mounted("child"):
-        assert len(servers(driver.root)) == 1
+        assert len(processes_below(driver.root)) == 1
         with driver.mounted("base"):
-            assert len(servers(driver.root)) == 2
-    assert servers(driver.root) == []
+            assert len(processes_below(driver.root)) == 2
+    assert processes_below(driver.root) == []
 
 
 def test_layers_go_through_both_programs_alike(driver: UnionfsDriver) -> None:
@@ -104,7 +90,7 @@ def test_layer_with_children_is_mounted_read_only(driver: UnionfsDriver) -> None
 def test_killed_server_is_followed_by_another(driver: UnionfsDriver) -> None:
     make(driver, "base", file="text")
     path = driver.get("base")
-    kill_servers(driver.root)
+    kill_processes(driver.root)
     with pytest.raises(OSError, match=r"not connected|abort"):
         os.listdir(path)
     assert (driver.get("base") / "file").read_text() == "text"
@@ -113,19 +99,10 @@ def test_killed_server_is_followed_by_another(driver: UnionfsDriver) -> None:
     assert not mount.is_mounted(path)
 
 
-def kill_servers(root: Path) -> None:
-    killed = servers(root)
-    for pid in killed:
-        os.kill(pid, signal.SIGKILL)
-    deadline = time.monotonic() + 10
-    while servers(root) and time.monotonic() < deadline:
-        time.sleep(0.01)
-
-
 def test_put_and_remove_end_the_mount_of_a_killed_server(driver: UnionfsDriver) -> None:
     make(driver, "base", file="text")
     path = driver.get("base")
-    kill_servers(driver.root)
+    kill_processes(driver.root)
     driver.put("base")
     assert not mount.is_mounted(path)
     driver.remove("base")
@@ -137,9 +114,9 @@ def test_mounts_of_a_killed_process_are_ended_by_the_next_open(driver: UnionfsDr
     program = "import os, sys; from blocksnap import drivers; "
     program += "drivers.open('unionfs', sys.argv[1]).get('base'); os.kill(os.getpid(), 9)"
     subprocess.run([sys.executable, "-c", program, driver.root], check=False)
-    assert len(servers(driver.root)) == 1
+    assert len(processes_below(driver.root)) == 1
     UnionfsDriver(driver.root)
-    assert servers(driver.root) == []
+    assert processes_below(driver.root) == []
     assert [entry for entry in mount.mount_table() if entry.target.startswith(f"{driver.root}/")] == []
 
 
@@ -204,6 +181,6 @@ def test_ordinary_user_has_layers_too(users_root: Path, program: str) -> None:
         with driver.mounted("child") as root:
             assert sorted(os.listdir(root)) == ["changed", "kept"]
         assert driver.changes("child", "base") == [("/changed", "C"), ("/gone", "D")]
-        assert servers(driver.root) == []
+        assert processes_below(driver.root) == []
 
     as_ordinary_user(work)

@@ -8,11 +8,12 @@ lock).
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..archive.confined import Root, identity, walk
-from ..mount import mount_table
+from ..errors import BusyError
+from ..mount import is_mounted, mount_table
 from .base import Driver, check_id
 from .root import fsync_directory, write_durable
 
@@ -94,6 +95,24 @@ class DirectoryDriver(Driver):
             self._check_not_held(origin, "snapshot")
             self._unmount(origin)
             self._snapshot(id, origin)
+
+    def _settle_parent(self, parent: str, child: str, mounted: Path) -> None:
+        """See to it that nobody writes to a parent, for drivers under whose layers nothing may change."""
+        if not is_mounted(mounted) or os.statvfs(mounted).f_flag & os.ST_RDONLY:
+            return
+        if holders := self._home.holders(parent):
+            raise BusyError(
+                f'layer "{child}": its parent "{parent}" is mounted for writing by {holders[0]}: '
+                "unmount that first"
+            )
+        self._unmount(parent)
+
+    def _unmount_abandoned(self) -> None:
+        """Unmount the layers whose holders died without a put, but what somebody still uses."""
+        for id in self.layers():
+            if not self._home.holders(id):
+                with suppress(BusyError):
+                    self._unmount(id)
 
     def _take_apart(self, layer: Path) -> None:
         """Remove a layer's directory, or what there is of one; it need not be there."""

@@ -16,11 +16,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .. import mount
-from ..errors import BlocksnapError, BusyError
+from ..errors import BlocksnapError, BusyError, NotSupportedError
 from ..file_system import may_mount, unmount_fuse
 
 __all__ = ["MountServer"]
 
+_CONNECTIONS = Path("/sys/fs/fuse/connections")
 _START_SECONDS = 10.0
 _END_SECONDS = 10.0
 
@@ -70,9 +71,13 @@ class MountServer:
         """Say whether the target is mounted, without asking whoever serves it."""
         return any(entry.target == str(self.target) for entry in mount.mount_table())
 
+    def is_running(self) -> bool:
+        """Say whether the server lives."""
+        return bool(self._processes())
+
     def is_serving(self) -> bool:
         """Say whether the target is mounted by a server that lives; a mount of a dead one is ended."""
-        if self.is_mounted() and not self._processes():
+        if self.is_mounted() and not self.is_running():
             self.unmount_dead()
         return self.is_mounted()
 
@@ -93,16 +98,31 @@ class MountServer:
                 signal.pidfd_send_signal(process, signal.SIGTERM)
         self.unmount_dead()
 
+    def take_one_at_a_time(self) -> None:
+        """Let the kernel send reads and writes in the background, as a loop device's, one after the other."""
+        (entry,) = (entry for entry in mount.mount_table() if entry.target == str(self.target))
+        limit = _CONNECTIONS / entry.device.partition(":")[2] / "max_background"
+        try:
+            limit.write_text("1")
+        except OSError as error:
+            raise NotSupportedError(
+                f"{limit}: {error.strerror}: mount -t fusectl fusectl {_CONNECTIONS}"
+            ) from None
+
     def unmount_dead(self) -> None:
         """Unmount what nobody serves any more, and whatever waits for it fails."""
         while self.is_mounted():
             if may_mount():
-                with suppress(BusyError):
-                    mount.unmount(self.target, abort=True)
+                self.abort()
                 if self.is_mounted():
                     mount.unmount(self.target, lazy=True)
             else:
                 unmount_fuse(self.target, lazy=True)
+
+    def abort(self) -> None:
+        """Let every request to a dead server fail, also those that wait already. Needs root."""
+        with suppress(BusyError):
+            mount.unmount(self.target, abort=True)
 
     @contextmanager
     def _awaited(self) -> Iterator[list[int]]:

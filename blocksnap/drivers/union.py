@@ -17,7 +17,6 @@ from typing import ClassVar
 from .. import mount
 from ..archive.confined import Root, descriptor_path, identity, walk
 from ..archive.names import Parts
-from ..errors import BusyError
 from .base import Accounting
 from .directory import DirectoryDriver, allocated_bytes
 from .tree_copy import copy_attributes, copy_tree
@@ -79,23 +78,11 @@ class UnionDriver(DirectoryDriver):
 
     def _create(self, id: str, parent: str | None, *, writable: bool) -> None:  # noqa: ARG002
         if parent is not None:
-            self._settle(parent, id)
+            self._settle_parent(parent, id, self._merged(parent))
         with self._new_layer(id, parent) as layer:
             if parent is not None:
                 upper = self._layers.path / parent / "diff"
                 copy_attributes(upper, layer / "diff", without=_OWN_XATTRS)
-
-    def _settle(self, parent: str, child: str) -> None:
-        """See to it that nobody writes to a parent: what is below must not change."""
-        merged = self._merged(parent)
-        if not mount.is_mounted(merged) or os.statvfs(merged).f_flag & os.ST_RDONLY:
-            return
-        if holders := self._home.holders(parent):
-            raise BusyError(
-                f'layer "{child}": its parent "{parent}" is mounted for writing by {holders[0]}: '
-                "unmount that first"
-            )
-        self._unmount(parent)
 
     @contextmanager
     def _new_layer(self, id: str, parent: str | None) -> Iterator[Path]:

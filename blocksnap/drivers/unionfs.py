@@ -102,12 +102,6 @@ class UnionfsDriver(UnionDriver):
         merged = self._merged(id)
         return MountServer(self._program, merged, str(merged))
 
-    def _unmount_abandoned(self) -> None:
-        """Unmount the layers whose holders died without a put."""
-        for id in self.layers():
-            if not self._home.holders(id):
-                self._unmount(id)
-
 
 def _installed() -> list[str]:
     return [program for program in _PROGRAMS if find_program(program) is not None]

@@ -70,12 +70,16 @@ def _memory_directory(memory: int) -> str:
 
 
 class _Processor:
-    """A processor that no other guest is pinned to: one is much faster than two, which wake each other."""
+    """The processor to pin a guest to, if possible one that no other guest has.
+
+    On two its processes would wake each other across them, which is slower than to share one.
+    """
 
     def __init__(self) -> None:
         self._lock = -1
-        self.number: int | None = None
-        for number in sorted(os.sched_getaffinity(0)):
+        numbers = sorted(os.sched_getaffinity(0))
+        self.number = numbers[os.getpid() % len(numbers)]
+        for number in numbers:
             lock = os.open(f"/sys/devices/system/cpu/cpu{number}", os.O_RDONLY)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -182,12 +186,11 @@ class Guest:
 
     def _fence(self) -> list[str]:
         """Return what starts the kernel: it must not outlive us, nor its processes the kernel."""
-        pin = [] if self._processor.number is None else ["taskset", "-c", str(self._processor.number)]
         return [
             *("setpriv", "--pdeathsig", "KILL", "unshare", "--pid", "--fork", "--kill-child=KILL"),
             # As process 1 the kernel would survive its own end: it ends by a signal, which those ignore.
             *("timeout", "--foreground", "0"),
-            *pin,
+            *("taskset", "-c", str(self._processor.number)),
             # Only the kernel may be preloaded, not the tools that start it.
             *("env", f"LD_PRELOAD={self.directory}/shim.so", _tool("linux.uml") or "linux.uml"),
         ]

@@ -7,26 +7,26 @@ row with an error; the others go on. Signals are looked at between steps (interr
 is either undone or never begun.
 """
 
-import inspect
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import product
 from pathlib import Path
 
-from .. import drivers, mount
+from .. import mount
 from ..drivers import Driver
-from ..errors import ArgumentError, BlocksnapError, NotSupportedError
+from ..errors import BlocksnapError, NotSupportedError
 from .base_image import BaseImage
 from .interrupts import deferred_interrupts
 from .machine import describe_machine
 from .phases import BASE, Counters, Phase, epoch_of, latency_over, sum_of, summed_parts
 from .repeats import combined
 from .result import BASELINE, Comparison, Measurement, Skipped, Target
+from .targets import setting_of, targets_for
 from .testbed import DEFAULT_WORK_DIR, Testbed, check_space, open_testbed, work_directory
 from .volume import Volume
 from .workload import Workload
@@ -42,19 +42,6 @@ _MIB = 1 << 20
 _CONTAINER = "container"
 
 Progress = Callable[[Target, str], None]
-
-
-def targets_for(names: Sequence[str], block_sizes: Sequence[int]) -> list[Target]:
-    """Return what to measure: one target a driver, one a block size for drivers that have block sizes.
-
-    Raises ArgumentError for a driver that is not registered, and when nothing is left to measure.
-    """
-    targets: list[Target] = []
-    for name in dict.fromkeys(names):
-        targets += [Target(name, size) for size in dict.fromkeys(_block_sizes(name, block_sizes))]
-    if not targets:
-        raise ArgumentError("nothing to compare: name at least one driver and one block size")
-    return targets
 
 
 def compare(
@@ -120,15 +107,6 @@ def _sentence(error: Exception) -> str:
     return str(error) if isinstance(error, BlocksnapError | OSError) else f"{type(error).__name__}: {error}"
 
 
-def _block_sizes(name: str, wanted: Sequence[int]) -> Sequence[int | None]:
-    if name == BASELINE:
-        return (None,)
-    try:
-        return drivers.driver_class(name).block_sizes(wanted)
-    except NotSupportedError:
-        return (None,)
-
-
 def _may_use_loop() -> bool:
     return os.geteuid() == 0 and os.access("/dev/loop-control", os.R_OK | os.W_OK)
 
@@ -161,8 +139,7 @@ class _Run:
         self._step("file system")
         name = self.target.label.replace(" ", "-") + (f"-{self.number + 1}" if self.number else "")
         size = self._file_system_size
-        testbed = open_testbed(self.directory, name, size, on_loop=_may_use_loop(), keep=self.keep)
-        with testbed as bed, self._open_driver(bed) as driver:
+        with self._testbed(name, size) as bed, self._open_driver(bed) as driver:
             self._step("base image")
             base, parent = self._base(bed, driver)
             epochs = []
@@ -174,6 +151,13 @@ class _Run:
     def _step(self, phase: str) -> None:
         self.check()
         self.progress(self.target, phase)
+
+    def _testbed(self, name: str, size: int) -> AbstractContextManager[Testbed]:
+        setting, on_loop = setting_of(self.target.driver), _may_use_loop()
+        if (reason := setting.missing(on_loop=on_loop)) is not None:
+            raise _CannotRunError(reason)
+        kind = setting.file_system
+        return open_testbed(self.directory, name, size, on_loop=on_loop, keep=self.keep, file_system=kind)
 
     @contextmanager
     def _open_driver(self, bed: Testbed) -> Iterator[Driver | Volume]:
@@ -187,7 +171,8 @@ class _Run:
                 driver.close()
 
     def _open(self, bed: Testbed) -> Driver | Volume:
-        if self.target.driver == BASELINE:
+        setting = setting_of(self.target.driver)
+        if setting.driver == BASELINE:
             if os.geteuid() != 0:
                 raise _CannotRunError("needs root to bind-mount a directory")
             return Volume(bed.root)
@@ -198,11 +183,9 @@ class _Run:
             "preallocate": True,
         }
         try:
-            known = inspect.signature(drivers.driver_class(self.target.driver)).parameters
-            options = {name: value for name, value in options.items() if name in known}
-            return drivers.open(self.target.driver, bed.root / "driver", **options)
+            return setting.open(bed.root / "driver", options)
         except NotSupportedError as error:
-            prefix = f'driver "{self.target.driver}" cannot run here: '
+            prefix = f'driver "{setting.driver}" cannot run here: '
             raise _CannotRunError(error.message.removeprefix(prefix)) from error
 
     def _prepare(self, driver: Driver | Volume) -> str:

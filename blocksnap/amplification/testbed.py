@@ -23,6 +23,7 @@ from ..units import format_size
 
 __all__ = [
     "DEFAULT_WORK_DIR",
+    "KINDS",
     "PREFIX",
     "Testbed",
     "check_space",
@@ -44,6 +45,7 @@ _MKFS = {
     "xfs": ("mkfs.xfs", "-q", "-f", "-m", "reflink=1"),
     "btrfs": ("mkfs.btrfs", "-q", "-f"),
 }
+KINDS = tuple(_MKFS)
 _PACKAGES = {"ext4": "e2fsprogs", "xfs": "xfsprogs", "btrfs": "btrfs-progs"}
 _OPTIONS = {"btrfs": "nodiscard"}
 

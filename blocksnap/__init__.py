@@ -1,6 +1,11 @@
-"""Block-level snapshots: thin pools in user space, images on them, honest write amplification."""
+"""Block-level snapshots: thin pools in user space, images on them, honest write amplification.
 
-from . import drivers
+Drivers and images are imported by their first use: the server of a pool, which starts often, has none.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .errors import (
     ArgumentError,
     BlocksnapError,
@@ -22,12 +27,15 @@ from .errors import (
     PrivilegeError,
     UnsafeLayerError,
 )
-from .graph import ImageGraph
 from .pool import Pool
 from .pool_report import DeviceUsage, PoolStatus
 from .thin_device import ThinDevice
 from .units import format_size, parse_size
 from .user_pool import PoolCounters
+
+if TYPE_CHECKING:
+    from . import drivers
+    from .graph import ImageGraph
 
 __all__ = [
     "ArgumentError",
@@ -59,3 +67,11 @@ __all__ = [
     "format_size",
     "parse_size",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "drivers":
+        return import_module(".drivers", __name__)
+    if name == "ImageGraph":
+        return import_module(".graph", __name__).ImageGraph
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,5 +1,5 @@
 """What a killed server of a pool leaves in the kernel: a FUSE export that nobody answers for, loop devices
-over its files, file systems on those.
+over its files, file systems on those; mapped devices over the files of a pool.
 
 The kernel's own tables say what is there, so nothing has to be recorded before it is made, and nothing that a
 living process or somebody else has made can be meant.
@@ -11,10 +11,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from . import mount
+from .device_mapper import Control, Device
 from .errors import ArgumentError, BlocksnapError, BusyError
 from .file_system import may_mount, unmount_fuse
 
-__all__ = ["dead_exports", "end_dead_export"]
+__all__ = ["dead_exports", "end_dead_export", "remove_mapped"]
 
 
 def dead_exports() -> list[str]:
@@ -74,3 +75,24 @@ def _end_loop(loop: mount.LoopDevice) -> None:
             mount.unmount(entry.target, lazy=True)
     with suppress(BlocksnapError):  # the kernel detaches it at its last close
         loop.detach(timeout=1.0)
+
+
+def remove_mapped(loop: mount.LoopDevice) -> None:
+    """Take our mapped devices over a loop device out of the kernel, upper ones first, but what is in use."""
+    upper = _standing_on(f"loop{loop.number}")
+    if not upper:
+        return
+    with Control.open() as control:
+        ours = {f"dm-{entry.number.minor}": entry for entry in control.devices() if entry.ours}
+        for entry in (ours[name] for name in upper if name in ours):
+            with suppress(BlocksnapError):
+                Device(control, entry.name, entry.uuid, entry.number).remove(timeout=1.0)
+
+
+def _standing_on(name: str) -> list[str]:
+    """Return the block devices that are made on one, those on top first."""
+    holders = Path(f"/sys/block/{name}/holders")
+    found: dict[str, None] = {}
+    for holder in sorted(os.listdir(holders)) if holders.is_dir() else ():
+        found |= dict.fromkeys([*_standing_on(holder), holder])
+    return list(found)

@@ -1,8 +1,7 @@
-"""Mounting thin devices of an open pool: export, loop device, file system, and the way back.
+"""Mounting thin devices of an open pool: showing them, file systems on them, and the way back.
 
-As root the kernel mounts the file system from a loop device over the exported file, with direct I/O so that
-nothing is cached twice; without privilege fuse2fs mounts it from the file. The loop devices detach by
-themselves when this process dies.
+As root the kernel mounts the file system from the block device that shown_devices.py gives; without privilege
+fuse2fs mounts it from the exported file.
 
 This process never opens, reads or asks for anything on its own export or above it, but in child processes: a
 thread that waits for an answer of its own process cannot be killed, and keeps the dead export from failing.
@@ -17,14 +16,12 @@ from functools import partial
 from pathlib import Path
 
 from . import mount
-from .dead_mounts import end_dead_export
-from .device_export import DeviceExport
 from .engines import EngineDevice
 from .errors import ArgumentError, BlocksnapError, BusyError, NeedsCheckError
 from .file_system import Fuse2fs, make_file_system, may_mount
 from .mount_users import mount_users
 from .pool import Pool
-from .thin_device import ThinDevice
+from .shown_devices import MountSource, shown_devices
 
 __all__ = ["DeviceMount", "DeviceMounts"]
 
@@ -37,30 +34,40 @@ _RETRY_SECONDS = 0.05
 
 @dataclass(frozen=True, slots=True)
 class DeviceMount:
-    """A mounted thin device; loop is None where fuse2fs mounts the exported file."""
+    """A mounted thin device.
+
+    node is the block device that is mounted, None where fuse2fs mounts the exported file; loop the same where
+    that is a loop device.
+    """
 
     device: str
     target: str
     filesystem: str
     loop: str | None
     read_only: bool
+    node: str | None = None
 
 
 @dataclass(slots=True)
 class _Active:
-    """What there is between a device and its mount; loop or process is set."""
+    """What there is between a device and its mount; source or process is set."""
 
     shown: DeviceMount
     handle: EngineDevice
-    loop: mount.LoopDevice | None = None
+    source: MountSource | None = None
     process: Fuse2fs | None = None
     written_before: int = 0
+
+    @property
+    def lives_on(self) -> bool:
+        """Whether the mount goes on when this process ends."""
+        return self.source is not None and self.source.lives_on
 
     def is_mounted(self) -> bool:
         if self.process is not None:
             return self.process.is_mounted()
-        assert self.loop is not None
-        return any(entry.source == self.loop.path for entry in mount.mount_table())
+        assert self.source is not None
+        return self.source.is_mounted()
 
     def unmount(self, *, lazy: bool) -> None:
         try:
@@ -77,7 +84,7 @@ class _Active:
             ) from None
 
     def written_bytes(self) -> int:
-        return 0 if self.loop is None else self.loop.written_bytes() - self.written_before
+        return 0 if self.source is None else self.source.written_bytes() - self.written_before
 
     def take_written_bytes(self) -> int:
         written = self.written_bytes()
@@ -98,15 +105,11 @@ class DeviceMounts:
     """The mounts of one pool's devices. Methods may be called from any thread."""
 
     def __init__(self, pool: Pool, export: Path) -> None:
-        """Take over the directory `export`: what a killed process left mounted there is unmounted."""
+        """The directory `export` is for the files of an engine that has no block devices of its own."""
         self._pool = pool
-        self._directory = export
         self._devices: dict[str, _Device] = {}
         self._lock = threading.Lock()
-        self._export: DeviceExport | None = None
-        self._exported: set[str] = set()
-        end_dead_export(export)
-        export.mkdir(mode=0o700, exist_ok=True)
+        self._shown = shown_devices(pool, export)
 
     # ---- questions
 
@@ -123,7 +126,7 @@ class DeviceMounts:
         return active.shown if active is not None else None
 
     def written_bytes(self, name: str) -> int | None:
-        """Return what file systems on a device wrote to their loop devices, None without loop devices."""
+        """Return what file systems on a device wrote to it, None without block devices."""
         if not may_mount():
             return None
         device = self._device(name)
@@ -166,33 +169,33 @@ class DeviceMounts:
         with device.lock, ExitStack() as stack:
             if device.active is not None:
                 raise BusyError(f'thin device "{name}" is mounted: unmount it first')
-            path = self._expose(name, stack)[1]
+            handle, path = self._show(name, stack)
             if kind == "xfs":  # mkfs.xfs wants to know a device's geometry
-                loop = mount.LoopDevice.attach(path, autoclear=True)
-                stack.callback(loop.detach)
-                path = Path(loop.path)
+                path = Path(self._attach(path, handle, stack).path)
             make_file_system(path, kind)
 
     @contextmanager
     def frozen(self, name: str, timeout: float) -> Iterator[None]:
         """Hold the file system on a device frozen, if it is mounted for writing."""
-        with self.holding(name) as mounted:
-            if mounted is None or mounted.read_only:
+        device = self._device(name)
+        with device.lock:
+            active = device.active
+            if active is None or active.shown.read_only:
                 yield
-            elif mounted.loop is None:
+            elif active.source is None:
                 raise BusyError(
                     f'thin device "{name}" is mounted by fuse2fs, which cannot be frozen: unmount it first'
                 )
             else:
-                with mount.frozen(mounted.target, timeout):
+                with active.source.frozen(active.shown.target, timeout):
                     yield
 
     def refresh(self, name: str) -> None:
         """Show the kernel the new size of a device."""
         device = self._device(name)
         with device.lock:
-            if device.active is not None and device.active.loop is not None:
-                device.active.loop.refresh()
+            if device.active is not None and device.active.source is not None:
+                device.active.source.refresh()
 
     def forget(self, name: str) -> None:
         """Forget what was counted for a device, which is about to be deleted."""
@@ -213,21 +216,17 @@ class DeviceMounts:
         return settled
 
     def close(self) -> None:
-        """Unmount everything; what stays in use is written back and taken out of sight."""
+        """Unmount everything. What stays in use is written back and taken out of sight, or lives on."""
         deadline = time.monotonic() + _END_SECONDS
         for name, device in list(self._devices.items()):
             with device.lock, suppress(BlocksnapError):
                 if device.active is not None:
                     self._end(name, device, deadline)
-        if self._export is not None:
-            self._export.stop()
-            self._export = None
+        self._shown.stop()
         for device in self._devices.values():
-            if device.active is not None:
+            if device.active is not None and not device.active.lives_on:
                 device.active.handle.close()
                 device.active = None
-        with suppress(OSError):
-            self._directory.rmdir()
 
     # ---- how
 
@@ -235,28 +234,20 @@ class DeviceMounts:
         with self._lock:
             return self._devices.setdefault(name, _Device())
 
-    def _expose(self, name: str, stack: ExitStack) -> tuple[EngineDevice, Path]:
-        """Export a device until the stack unwinds."""
+    def _show(self, name: str, stack: ExitStack) -> tuple[EngineDevice, Path]:
+        """Show a device until the stack unwinds."""
         handle = self._pool.device(name).hold()
         stack.callback(handle.close)
-        with self._lock:
-            if self._export is None:
-                self._export = DeviceExport(self._directory)
-            self._export.add(name, handle)
-            self._exported.add(name)
-            path = self._export.path(name)
-        stack.callback(self._hide, name)
+        path = self._shown.show(name, handle)
+        stack.callback(self._shown.hide, name)
         return handle, path
 
-    def _hide(self, name: str) -> None:
-        """Take a device out of the export; nothing stays mounted for an empty one."""
-        with self._lock:
-            if self._export is not None:
-                self._export.remove(name)
-                self._exported.discard(name)
-                if not self._exported:
-                    self._export.stop()
-                    self._export = None
+    def _attach(
+        self, path: Path, handle: EngineDevice, stack: ExitStack, *, read_only: bool = False
+    ) -> MountSource:
+        source = self._shown.attach(path, handle, read_only=read_only)
+        stack.callback(source.detach, _DETACH_SECONDS)
+        return source
 
     def _activate(self, name: str, target: Path, read_only: bool, options: str) -> _Active:
         if self._pool.read_only and not read_only:
@@ -264,37 +255,35 @@ class DeviceMounts:
                 f"pool {self._pool.path} is read-only until it was repaired: mount read-only"
             )
         with ExitStack() as stack:
-            handle, path = self._expose(name, stack)
+            handle, path = self._show(name, stack)
             if may_mount():
-                active = self._mount_loop(name, path, handle, str(target), read_only, options, stack)
+                source = self._attach(path, handle, stack, read_only=self._pool.read_only)
+                active = self._mount(name, source, handle, str(target), read_only, options)
             else:
                 process = Fuse2fs(path, target, read_only=read_only)
-                shown = DeviceMount(name, str(target), "ext4", None, read_only)
-                active = _Active(shown, handle, process=process)
+                active = _Active(
+                    DeviceMount(name, str(target), "ext4", None, read_only), handle, process=process
+                )
             stack.pop_all()
             return active
 
-    def _mount_loop(
+    def _mount(
         self,
         name: str,
-        path: Path,
+        source: MountSource,
         handle: EngineDevice,
         target: str,
         read_only: bool,
         options: str,
-        stack: ExitStack,
     ) -> _Active:
-        frozen = self._pool.read_only
-        loop = mount.LoopDevice.attach(path, read_only=frozen, direct_io=True, autoclear=True)
-        stack.callback(loop.detach)
-        before = loop.written_bytes()
-        # Never read through the loop device: this process would wait for itself, which SIGKILL cannot end.
-        device = self._pool.device(name)
-        kind = mount.told_by_magic(partial(_read_inside, device), f'thin device "{name}"')
-        chosen = ",".join(filter(None, (_OPTIONS[kind], _WITHOUT_LOG[kind] if frozen else "", options)))
-        mount.mount(loop.path, target, kind, read_only=read_only, noatime=True, options=chosen)
-        shown = DeviceMount(name, target, kind, loop.path, read_only)
-        return _Active(shown, handle, loop=loop, written_before=before)
+        before = source.written_bytes()
+        # Never read through a loop device: this process would wait for itself, which SIGKILL cannot end.
+        kind = mount.told_by_magic(partial(_read_inside, handle), f'thin device "{name}"')
+        without_log = _WITHOUT_LOG[kind] if self._pool.read_only else ""
+        chosen = ",".join(filter(None, (_OPTIONS[kind], without_log, options)))
+        mount.mount(source.path, target, kind, read_only=read_only, noatime=True, options=chosen)
+        shown = DeviceMount(name, target, kind, source.loop, read_only, source.path)
+        return _Active(shown, handle, source, written_before=before)
 
     def _deactivate(
         self, name: str, device: _Device, *, lazy: bool = False, patience: float = _DETACH_SECONDS
@@ -305,9 +294,9 @@ class DeviceMounts:
         if active.is_mounted():
             active.unmount(lazy=lazy)
             device.written += active.take_written_bytes()
-        if active.loop is not None:
-            active.loop.detach(patience)
-        self._hide(name)
+        if active.source is not None:
+            active.source.detach(patience)
+        self._shown.hide(name)
         active.handle.close()
         device.active = None
 
@@ -327,8 +316,13 @@ class DeviceMounts:
                 time.sleep(_RETRY_SECONDS)
         with suppress(BlocksnapError):
             mount.sync_filesystem(device.active.shown.target)
-        self._deactivate(name, device, lazy=True, patience=0)
+        if not device.active.lives_on:
+            self._deactivate(name, device, lazy=True, patience=0)
 
 
-def _read_inside(device: ThinDevice, offset: int, length: int) -> bytes:
-    return device.read(offset, length) if offset + length <= device.size else b""
+def _read_inside(handle: EngineDevice, offset: int, length: int) -> bytes:
+    content = bytearray(length)
+    if offset + length > handle.size:
+        return b""
+    handle.read_into(offset, content)
+    return bytes(content)

@@ -4,12 +4,13 @@ from .errors import ArgumentError
 from .kernel_pool import KernelDevice, KernelPool
 from .user_pool import UserDevice, UserPool
 
-__all__ = ["ENGINES", "Engine", "EngineDevice", "engine_named"]
+__all__ = ["DEFAULT_ENGINE", "ENGINES", "Engine", "EngineDevice", "engine_named"]
 
 Engine = UserPool | KernelPool
 EngineDevice = UserDevice | KernelDevice
 
 ENGINES: dict[str, type[UserPool] | type[KernelPool]] = {kind.name: kind for kind in (UserPool, KernelPool)}
+DEFAULT_ENGINE = UserPool.name
 
 
 def engine_named(name: str) -> type[UserPool] | type[KernelPool]:

@@ -25,6 +25,7 @@ from .user_pool import Buffer, Handle, PoolCounters, bytes_of
 __all__ = ["ActiveDevice", "IOCounts", "KernelDevice", "users_of"]
 
 _PIECE = 1 << 20
+_FREEZE_SECONDS = 30.0
 _BLKDISCARD, _BLKSSZGET = 0x1277, 0x1268
 
 
@@ -81,6 +82,7 @@ class ActiveDevice:
         self.device = device
         self.size = size
         self.handles = 0
+        self.freeze_seconds = _FREEZE_SECONDS
         self._block_size = block_size
         self._what = what
         self._counts = counts
@@ -276,6 +278,16 @@ class KernelDevice:
     def resize(self, size: int) -> None:
         with self._handle as active:
             self._resize(active, size)
+
+    @contextmanager
+    def freezing_within(self, seconds: float) -> Iterator[None]:
+        """Limit how long a snapshot in the block may wait for the file system on the device to freeze."""
+        with self._handle as active:
+            before, active.freeze_seconds = active.freeze_seconds, seconds
+            try:
+                yield
+            finally:
+                active.freeze_seconds = before
 
     def close(self) -> None:
         active = self._handle.take()

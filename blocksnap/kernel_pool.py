@@ -325,7 +325,7 @@ class KernelPool:
             if active is None:
                 self._device.create_snap(device_id, origin_id)
             else:
-                with active.device.suspended():
+                with active.device.suspended(timeout=active.freeze_seconds):
                     self._device.create_snap(device_id, origin_id)
             self._nr_devices += 1
 

@@ -194,6 +194,11 @@ class Pool:
         return self._files.directory or self._files.metadata
 
     @property
+    def engine(self) -> str:
+        """The name of the engine that runs it."""
+        return self._engine.name
+
+    @property
     def closed(self) -> bool:
         return self._engine.closed
 

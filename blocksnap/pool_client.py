@@ -3,6 +3,9 @@
 with pool_client.serve("pool") as pool:        # starts a server if there is none
     pool.mount("base", "/mnt")
 pool = pool_client.connect("pool")             # None if nobody serves it
+
+A server runs its pool with one engine. Who asks for another gets BusyError; who asks for none takes the
+server that there is.
 """
 
 import os
@@ -23,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .device_mounts import DeviceMount
+from .engines import DEFAULT_ENGINE, engine_named
 from .errors import ArgumentError, BlocksnapError, BusyError, DeviceIOError, NotSupportedError, system_errors
 from .metadata import DELTA_RANGE, CheckReport, Finding
 from .pool_files import PathArgument, PoolFiles, Progress
@@ -56,6 +60,7 @@ class PoolClient:
                 f"pool {directory} is served by another version of blocksnap (process {self.server_pid}):"
                 " unmount what it has mounted, then it ends"
             )
+        self.engine: str = greeting.body["result"]["engine"]
 
     def close(self) -> None:
         """Say good-bye; returns when the server has closed the pool, if this was all that kept it."""
@@ -272,9 +277,22 @@ def _regular_file(output: int) -> Iterator[int]:
             shutil.copyfileobj(file, target, PAYLOAD_BYTES)
 
 
-def connect(path: PathArgument) -> PoolClient | None:
-    """Connect to the server of the pool in a directory; None when there is none."""
-    directory = Path(os.path.abspath(path))
+def connect(path: PathArgument, *, engine: str | None = None) -> PoolClient | None:
+    """Connect to the server of the pool in a directory; None when there is none.
+
+    Raises BusyError for a server that runs the pool with another engine than the one named.
+    """
+    client = _connect(Path(os.path.abspath(path)))
+    if client is not None and engine not in (None, client.engine):
+        with client:
+            raise BusyError(
+                f"pool {client.path} is served by process {client.server_pid} with the engine"
+                f' "{client.engine}", not "{engine}": unmount what it has mounted, or use its engine'
+            )
+    return client
+
+
+def _connect(directory: Path) -> PoolClient | None:
     try:
         connection = _connection(directory)
     except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
@@ -304,20 +322,23 @@ def _connection(directory: Path) -> socket.socket:
     return connection
 
 
-def serve(path: PathArgument) -> PoolClient:
+def serve(path: PathArgument, *, engine: str | None = None) -> PoolClient:
     """Connect to the server of the pool in a directory; start one that stays until nobody needs it.
 
-    Raises what opening the pool raises: BusyError when another process has it open.
+    A new one runs the pool with the engine that is named, "user" by default. Raises what `connect` raises and
+    what opening the pool raises: BusyError when another process has it open.
     """
     directory = Path(os.path.abspath(path))
+    if engine is not None:
+        engine_named(engine)
     PoolFiles.locate(directory).require()
     deadline = time.monotonic() + _START_SECONDS
     while True:
-        client = connect(directory)
+        client = connect(directory, engine=engine)
         if client is not None:
             return client
         try:
-            return _start(directory)
+            return _start(directory, engine or DEFAULT_ENGINE)
         except (BusyError, ConnectionError) as error:
             # Somebody else was faster, or a server is about to end.
             is_served = (directory / "socket").exists()
@@ -326,12 +347,15 @@ def serve(path: PathArgument) -> PoolClient:
             time.sleep(_RETRY_SECONDS)
 
 
-def _start(directory: Path) -> PoolClient:
+def _start(directory: Path, engine: str) -> PoolClient:
     ours, theirs = socket.socketpair()
     try:
         with theirs, system_errors(str(directory)), _open_log(_log_path(directory)) as log:
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "blocksnap.pool_server", str(directory), str(theirs.fileno())],
+                [
+                    *(sys.executable, "-P", "-m", "blocksnap.pool_server"),
+                    *(str(directory), str(theirs.fileno()), engine),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -4,7 +4,7 @@ A message is a header (the lengths of what follows, network byte order), a JSON 
 bytes. A request is {"verb", "arguments"}, the answer {"result"} or {"error": {"kind", "message", "errno"}},
 before it any number of {"progress": [done, total]}. The payload carries arrays and what is read or written. A
 request may carry a file descriptor, to which the server writes text. On a new connection the server speaks
-first: {"result": {"pid", "version"}}.
+first: {"result": {"pid", "version", "engine"}}.
 """
 
 import array
@@ -33,7 +33,7 @@ __all__ = [
     "socket_address",
 ]
 
-VERSION = 1
+VERSION = 2
 PAYLOAD_BYTES = 4 << 20
 """The most that one request reads from or writes to a device."""
 

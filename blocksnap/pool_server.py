@@ -1,8 +1,8 @@
-"""The process that serves a pool: `python -m blocksnap.pool_server PATH DESCRIPTOR`, started by pool_client.
+"""The process that serves a pool: `python -m blocksnap.pool_server PATH DESCRIPTOR ENGINE`.
 
-It holds the pool open, exports and mounts its devices and answers on the socket in the pool's directory, for
-as long as somebody is connected or something is mounted. DESCRIPTOR is the first connection, that of the
-process which started it: the greeting goes there, or the error that prevents one.
+It holds the pool open, shows and mounts its devices and answers on the socket in the pool's directory, for as
+long as somebody is connected or something is mounted. pool_client starts it; DESCRIPTOR is the first
+connection, that of the process which did so: the greeting goes there, or the error that prevents one.
 """
 
 import logging
@@ -148,7 +148,8 @@ class PoolServer:
     def _converse(self, connection: socket.socket) -> None:
         try:
             with suppress(OSError, BlocksnapError):
-                send(connection, {"result": {"pid": os.getpid(), "version": VERSION}})
+                greeting = {"pid": os.getpid(), "version": VERSION, "engine": self._pool.engine}
+                send(connection, {"result": greeting})
                 while (message := receive(connection)) is not None:
                     try:
                         self._answer(connection, message)
@@ -212,7 +213,13 @@ class PoolServer:
                 connection.shutdown(socket.SHUT_RD)
             thread.join(_FAREWELL_SECONDS)
         self._mounts.close()
-        self._pool.close()
+        try:
+            self._pool.close()
+        except BusyError as error:  # what the kernel runs and somebody uses goes on there
+            _log.info("left to the kernel: %s", error)
+            with suppress(BlocksnapError):
+                self._pool.commit()
+            self._pool.abandon()
         _log.info("done with %s", self._directory)
         _let_go_of_log()
         for connection in self._connections:
@@ -226,16 +233,16 @@ def _let_go_of_log() -> None:
         os.dup2(nowhere, descriptor)
 
 
-def _open_pool(directory: Path) -> Pool:
+def _open_pool(directory: Path, engine: str) -> Pool:
     """Open the pool; wait a little for a verb that has it open."""
     for _ in range(int(_LOCK_SECONDS / _LOCK_RETRY_SECONDS)):
         try:
-            return Pool.open(directory, direct_io=True)
+            return Pool.open(directory, engine=engine, direct_io=True)
         except BusyError:
             if _is_served(directory):
                 raise
             threading.Event().wait(_LOCK_RETRY_SECONDS)
-    return Pool.open(directory, direct_io=True)
+    return Pool.open(directory, engine=engine, direct_io=True)
 
 
 def _is_served(directory: Path) -> bool:
@@ -243,8 +250,8 @@ def _is_served(directory: Path) -> bool:
         return probe.connect_ex(address) == 0
 
 
-def _start(directory: Path) -> PoolServer:
-    pool = _open_pool(directory)
+def _start(directory: Path, engine: str) -> PoolServer:
+    pool = _open_pool(directory, engine)
     try:
         with system_errors(str(directory)):
             return PoolServer(directory, pool)
@@ -255,12 +262,12 @@ def _start(directory: Path) -> PoolServer:
 
 def main(arguments: list[str]) -> int:
     """Serve the pool in a directory to the process at the other end of a descriptor, then to everybody."""
-    directory, first = Path(arguments[0]), socket.socket(fileno=int(arguments[1]))
+    directory, first, engine = Path(arguments[0]), socket.socket(fileno=int(arguments[1])), arguments[2]
     logging.basicConfig(format="%(asctime)s %(process)d %(message)s", level=logging.INFO)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        server = _start(directory)
+        server = _start(directory, engine)
     except Exception as error:  # noqa: BLE001 - the process that started this one raises it
         if not isinstance(error, BlocksnapError):
             _log.exception("opening %s", directory)

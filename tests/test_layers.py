@@ -32,6 +32,7 @@ PYTHON_LAYERS = [
     {"pool_image", "pool_recovery", "pool_report", "pool_transaction"},
     {"thin_device"},
     {"pool"},
+    {"shown_devices"},
     {"device_mounts"},
     {"pool_protocol"},
     {"pool_service", "remote_device"},

@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from .. import mount
+from ..dead_mounts import remove_mapped
 from ..errors import BlocksnapError, BusyError, NoSpaceError, NotSupportedError
 from ..file_system import find_program
 from ..units import format_size
@@ -200,6 +201,7 @@ def _detach_loops_below(directory: Path, deadline: float) -> None:
         for entry in reversed(mount.mount_table()):
             if entry.source == loop.path:
                 _unmount_patiently(entry.target, deadline)
+        remove_mapped(loop)
         _detach(loop)
 
 

@@ -18,6 +18,7 @@ from .console import JsonOption, parse_size_option, print_json, stdout
 from .pools import (
     CatalogOption,
     DataOption,
+    EngineOption,
     MetadataOption,
     NameArgument,
     PathArgument,
@@ -61,10 +62,11 @@ def create(
     metadata: MetadataOption = None,
     data: DataOption = None,
     catalog: CatalogOption = None,
+    engine: EngineOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Create a thin device; it reads as zeros and takes no space yet."""
-    location, (device_name,) = locate([path, name], ["NAME"], metadata, data, catalog)
+    location, (device_name,) = locate([path, name], ["NAME"], metadata, data, catalog, engine)
     with open_pool(location) as pool:
         described = _described(pool.create_device(device_name, size))
     if as_json:
@@ -79,10 +81,13 @@ def snapshot(
     metadata: MetadataOption = None,
     data: DataOption = None,
     catalog: CatalogOption = None,
+    engine: EngineOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Create a thin device NEW that shares every block with NAME."""
-    location, (device_name, new_name) = locate([path, name, new], ["NAME", "NEW"], metadata, data, catalog)
+    location, (device_name, new_name) = locate(
+        [path, name, new], ["NAME", "NEW"], metadata, data, catalog, engine
+    )
     with open_pool(location) as pool:
         described = _described(pool.device(device_name).snapshot(new_name))
     if as_json:
@@ -95,10 +100,11 @@ def list_devices(
     metadata: MetadataOption = None,
     data: DataOption = None,
     catalog: CatalogOption = None,
+    engine: EngineOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the thin devices by name."""
-    location, _ = locate([path], [], metadata, data, catalog)
+    location, _ = locate([path], [], metadata, data, catalog, engine)
     with open_pool(location, read_only=True) as pool:
         described = [_described(device) for device in pool.devices()]
     if as_json:
@@ -118,9 +124,10 @@ def remove(
     metadata: MetadataOption = None,
     data: DataOption = None,
     catalog: CatalogOption = None,
+    engine: EngineOption = None,
 ) -> None:
     """Delete a thin device; snapshots of it live on."""
-    location, (device_name,) = locate([path, name], ["NAME"], metadata, data, catalog)
+    location, (device_name,) = locate([path, name], ["NAME"], metadata, data, catalog, engine)
     with open_pool(location) as pool:
         pool.device(device_name).delete()
 
@@ -133,9 +140,10 @@ def resize(
     metadata: MetadataOption = None,
     data: DataOption = None,
     catalog: CatalogOption = None,
+    engine: EngineOption = None,
 ) -> None:
     """Change the size of a thin device; shrinking frees what lies behind the new end."""
-    location, (device_name,) = locate([path, name], ["NAME"], metadata, data, catalog)
+    location, (device_name,) = locate([path, name], ["NAME"], metadata, data, catalog, engine)
     with open_pool(location) as pool:
         pool.device(device_name).resize(size)
 
@@ -157,9 +165,10 @@ def read(
     metadata: MetadataOption = None,
     data: DataOption = None,
     catalog: CatalogOption = None,
+    engine: EngineOption = None,
 ) -> None:
     """Copy the content of a thin device to stdout or a file."""
-    location, (device_name,) = locate([path, name], ["NAME"], metadata, data, catalog)
+    location, (device_name,) = locate([path, name], ["NAME"], metadata, data, catalog, engine)
     with open_pool(location, read_only=True) as pool, system_errors(str(output or "stdout")):
         device = pool.device(device_name)
         end = device.size if length is None else offset + length
@@ -188,9 +197,10 @@ def write(
     metadata: MetadataOption = None,
     data: DataOption = None,
     catalog: CatalogOption = None,
+    engine: EngineOption = None,
 ) -> None:
     """Copy stdin or a file into a thin device; done means durable."""
-    location, (device_name,) = locate([path, name], ["NAME"], metadata, data, catalog)
+    location, (device_name,) = locate([path, name], ["NAME"], metadata, data, catalog, engine)
     with open_pool(location) as pool, system_errors(str(source or "stdin")):
         device = pool.device(device_name)
         with source.open("rb") if source is not None else nullcontext(sys.stdin.buffer) as origin:
@@ -221,11 +231,12 @@ def mount(
     metadata: MetadataOption = None,
     data: DataOption = None,
     catalog: CatalogOption = None,
+    engine: EngineOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Mount the file system on a thin device; the pool is served by a process of its own until `umount`."""
     location, (device_name, directory) = locate(
-        [path, name, target], ["NAME", "DIR"], metadata, data, catalog
+        [path, name, target], ["NAME", "DIR"], metadata, data, catalog, engine
     )
     with serve_pool(location) as pool:
         if mkfs is not None:
@@ -242,8 +253,9 @@ def umount(
     metadata: MetadataOption = None,
     data: DataOption = None,
     catalog: CatalogOption = None,
+    engine: EngineOption = None,
 ) -> None:
     """Unmount a thin device; done means that everything is written."""
-    location, (device_name,) = locate([path, name], ["NAME"], metadata, data, catalog)
+    location, (device_name,) = locate([path, name], ["NAME"], metadata, data, catalog, engine)
     with serve_pool(location) as pool:
         pool.umount(device_name)

@@ -41,6 +41,7 @@ class Ability:
 
 
 _MOUNTING = ("compiled core", "root", "/dev/fuse", "loop devices")
+_MAPPING = ("compiled core", "root", "loop devices", "mkfs.ext4", "ext4")
 
 ABILITIES = (
     Ability("user engine: pools, snapshots, check, dump, delta", ("compiled core",)),
@@ -54,7 +55,9 @@ ABILITIES = (
     Ability("compare: every driver, the disk's own counter", (*_MOUNTING, "mkfs.ext4", "ext4", "overlayfs")),
     Ability("tests of pools", ("e2fsck", "thin_check", "thin_dump", "thin_delta")),
     Ability("tests of images", ("root", "skopeo", "umoci", "mmdebstrap")),
-    Ability("kernel engine", ("root", "device-mapper")),
+    Ability("kernel engine", ("root", "thin-pool target", "loop devices")),
+    Ability("driver devicemapper", (*_MAPPING, "thin-pool target")),
+    Ability("driver dm-snapshot", (*_MAPPING, "snapshot target")),
 )
 
 # The program, the argument that makes it print its version, the Debian package.
@@ -108,6 +111,8 @@ def examine() -> list[Part]:
         _device(
             "device-mapper", "/dev/mapper/control", "modprobe dm-thin-pool (CONFIG_DM_THIN_PROVISIONING)"
         ),
+        _target("thin-pool", "dm-thin-pool"),
+        _target("snapshot", "dm-snapshot"),
         *(_tool(*tool) for tool in _TOOLS),
     ]
 
@@ -169,6 +174,18 @@ def _device(name: str, path: str, get: str) -> Part:
     except OSError as error:
         return Part(name, present=False, detail=f"{path}: {error.strerror}", get=get)
     return Part(name, present=True, detail=path, get=get)
+
+
+def _target(kind: str, module: str) -> Part:
+    name, get = f"{kind} target", f"modprobe {module}"
+    try:
+        from ..device_mapper import Control
+
+        with Control.open() as control:
+            version = ".".join(map(str, control.target_version(kind)))
+    except (ImportError, BlocksnapError) as error:
+        return Part(name, present=False, detail=str(error), get=get)
+    return Part(name, present=True, detail=version, get=get)
 
 
 def _file_system(name: str, kernel_name: str) -> Part:

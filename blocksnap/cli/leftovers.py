@@ -17,6 +17,8 @@ from ..drivers.root import DriverRoot
 
 __all__ = ["FINDERS", "Leftover", "find_leftovers"]
 
+_DEVICE_DRIVERS: tuple[str, ...] = ("thin", "devicemapper", "dm-snapshot")
+
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
@@ -54,15 +56,16 @@ def abandoned_layers() -> Iterator[Leftover]:
 def _layer_at(target: Path) -> tuple[str, Path, str] | None:
     """Return driver, root and id of the layer whose place a path is, None when it is no such place."""
     if target.parent.name == "mnt":
-        found = "thin", target.parents[1], target.name
+        known, root, id = _DEVICE_DRIVERS, target.parents[1], target.name
     elif target.name == "merged" and len(target.parts) > 4 and target.parents[1].name == "overlay":
-        found = "overlay", target.parents[2], target.parent.name
+        known, root, id = ("overlay",), target.parents[2], target.parent.name
     else:
         return None
-    driver, root, _ = found
     marker = root / "driver"
-    is_root = (root / "references").is_dir() and marker.is_file() and marker.read_text().strip() == driver
-    return found if is_root else None
+    if not ((root / "references").is_dir() and marker.is_file()):
+        return None
+    driver = marker.read_text().strip()
+    return (driver, root, id) if driver in known else None
 
 
 def _end_layer(driver: str, root: Path, id: str) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from ..engines import DEFAULT_ENGINE
 from ..metadata import DELTA_KINDS
 from ..pool import Pool
 from ..pool_client import PoolClient
@@ -19,6 +20,7 @@ from .console import DAMAGE_FOUND, JsonOption, parse_size_option, print_json, st
 from .pools import (
     CatalogOption,
     DataOption,
+    EngineOption,
     MetadataOption,
     PathArgument,
     locate,
@@ -57,14 +59,16 @@ def create(
     metadata: MetadataOption = None,
     data: DataOption = None,
     catalog: CatalogOption = None,
+    engine: EngineOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make a pool in a new directory, or on two devices."""
-    location, _ = locate([path], [], metadata, data, catalog)
+    location, _ = locate([path], [], metadata, data, catalog, engine)
     with (
         progress_bar("preallocating") if preallocate else nullcontext() as progress,
         Pool.create(
             location.path,
+            engine=engine or DEFAULT_ENGINE,
             size=size,
             block_size=block_size,
             metadata_size=metadata_size,
@@ -86,10 +90,11 @@ def status(
     metadata: MetadataOption = None,
     data: DataOption = None,
     catalog: CatalogOption = None,
+    engine: EngineOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show sizes, space and state."""
-    location, _ = locate([path], [], metadata, data, catalog)
+    location, _ = locate([path], [], metadata, data, catalog, engine)
     with open_pool(location, read_only=True) as pool:
         found = pool.status()
         server = _server(pool)
@@ -187,10 +192,13 @@ def delta(
     metadata: MetadataOption = None,
     data: DataOption = None,
     catalog: CatalogOption = None,
+    engine: EngineOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Print where two thin devices differ, as thin_delta does; as JSON without what is the same."""
-    location, (left, right) = locate([path, name1, name2], ["NAME1", "NAME2"], metadata, data, catalog)
+    location, (left, right) = locate(
+        [path, name1, name2], ["NAME1", "NAME2"], metadata, data, catalog, engine
+    )
     with open_pool(location, read_only=True) as pool:
         if not as_json:
             sys.stdout.flush()
@@ -213,10 +221,11 @@ def rmap(
     metadata: MetadataOption = None,
     data: DataOption = None,
     catalog: CatalogOption = None,
+    engine: EngineOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Print which thin devices use the data blocks, as thin_rmap does."""
-    location, _ = locate([path], [], metadata, data, catalog)
+    location, _ = locate([path], [], metadata, data, catalog, engine)
     match = re.fullmatch(r"(\d+)\.\.(\d*)", region)
     if match is None:
         raise typer.BadParameter(f'"{region}" is no region: give it like 10..20')
@@ -238,10 +247,11 @@ def usage(
     metadata: MetadataOption = None,
     data: DataOption = None,
     catalog: CatalogOption = None,
+    engine: EngineOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show the mapped, exclusive and shared bytes of each thin device."""
-    location, _ = locate([path], [], metadata, data, catalog)
+    location, _ = locate([path], [], metadata, data, catalog, engine)
     with open_pool(location, read_only=True) as pool:
         found = pool.usage()
     if as_json:
@@ -265,10 +275,11 @@ def extend(
     metadata: MetadataOption = None,
     data: DataOption = None,
     catalog: CatalogOption = None,
+    engine: EngineOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Grow a pool; on two devices, to the sizes that they have now."""
-    location, _ = locate([path], [], metadata, data, catalog)
+    location, _ = locate([path], [], metadata, data, catalog, engine)
     if location.path is not None and size is None and metadata_size is None:
         raise typer.BadParameter("give --size, --metadata-size or both")
     with (
@@ -287,10 +298,11 @@ def adopt(
     metadata: MetadataOption = None,
     data: DataOption = None,
     catalog: CatalogOption = None,
+    engine: EngineOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Take over a pool that its catalog does not describe: devices without a name are called thin-<id>."""
-    location, _ = locate([path], [], metadata, data, catalog)
+    location, _ = locate([path], [], metadata, data, catalog, engine)
     with open_pool(location, adopt=True) as pool:
         names = [device.name for device in pool.devices()]
     if as_json:

@@ -11,6 +11,7 @@ import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .. import pool_client, pool_files
+from ..engines import DEFAULT_ENGINE, ENGINES
 from ..errors import ArgumentError, BusyError
 from ..pool import Pool
 from ..pool_client import PoolClient
@@ -20,6 +21,7 @@ from .console import stderr
 __all__ = [
     "CatalogOption",
     "DataOption",
+    "EngineOption",
     "Location",
     "MetadataOption",
     "NameArgument",
@@ -58,16 +60,26 @@ CatalogOption = Annotated[
         "--catalog", metavar="FILE", help="Catalog of a pool on two devices, if not in its usual place."
     ),
 ]
+EngineOption = Annotated[
+    str | None,
+    typer.Option(
+        "--engine",
+        metavar="ENGINE",
+        help=f"What runs the pool, {' or '.join(ENGINES)}; by default who serves it, else user.",
+        show_default=False,
+    ),
+]
 
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """A pool as people name it: a directory, or two devices."""
+    """A pool as people name it, a directory or two devices, and the engine they want for it."""
 
     path: Path | None
     metadata: Path | None
     data: Path | None
     catalog: Path | None
+    engine: str | None = None
 
     @property
     def files(self) -> pool_files.PoolFiles:
@@ -82,6 +94,7 @@ def locate(
     metadata: Path | None,
     data: Path | None,
     catalog: Path | None,
+    engine: str | None = None,
 ) -> tuple[Location, list[str]]:
     """Split the words "PATH NAME..." into the pool and the named rest; with two devices there is no PATH."""
     arguments = [word for word in words if word is not None]
@@ -93,8 +106,8 @@ def locate(
             f"give {' '.join(wanted) or 'no argument'}{instead}, not {len(arguments)} arguments"
         )
     if on_devices:
-        return Location(None, metadata, data, catalog), arguments
-    return Location(Path(arguments[0]), None, None, None), arguments[1:]
+        return Location(None, metadata, data, catalog, engine), arguments
+    return Location(Path(arguments[0]), None, None, None, engine), arguments[1:]
 
 
 def open_pool(location: Location, *, read_only: bool = False, adopt: bool = False) -> Pool | PoolClient:
@@ -115,6 +128,7 @@ def open_pool(location: Location, *, read_only: bool = False, adopt: bool = Fals
 def _open(location: Location, *, read_only: bool, adopt: bool) -> Pool:
     return Pool.open(
         location.path,
+        engine=location.engine or DEFAULT_ENGINE,
         metadata=location.metadata,
         data=location.data,
         catalog=location.catalog,
@@ -132,11 +146,11 @@ def serve_pool(location: Location) -> PoolClient:
     """Connect to the process that serves the pool; start it when there is none."""
     if location.path is None:
         raise ArgumentError("a pool on two devices cannot be served: mounting wants a pool in a directory")
-    return pool_client.serve(location.path)
+    return pool_client.serve(location.path, engine=location.engine)
 
 
 def _connect(location: Location) -> PoolClient | None:
-    return None if location.path is None else pool_client.connect(location.path)
+    return None if location.path is None else pool_client.connect(location.path, engine=location.engine)
 
 
 @contextmanager

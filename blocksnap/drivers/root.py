@@ -175,6 +175,10 @@ class DriverRoot:
         ]
         return [holder for holder in found if holder.is_alive()]
 
+    def has_references(self) -> bool:
+        """Say whether there is a reference to any layer, even one of a dead process."""
+        return any((self.path / "references").iterdir())
+
     def add_reference(self, id: str, *, lasting: bool) -> None:
         """Count one more reference of this process; a lasting one is counted once."""
         holder = Holder.lasting() if lasting else Holder.this_process()

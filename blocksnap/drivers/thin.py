@@ -99,7 +99,8 @@ class ThinDriver(Driver):
 
     def cleanup(self) -> None:
         """Unmount everything of this root, but what other living processes hold; part from the server."""
-        super().cleanup()
+        if self._home.has_references() or self._mounted():  # else no server need be started for it
+            super().cleanup()
         self.close()
 
     # ---- questions
@@ -147,14 +148,19 @@ class ThinDriver(Driver):
         return shown + [(f"{name} (bytes)", str(value)) for name, value in rows if isinstance(value, int)]
 
     def metadata(self, id: str) -> dict[str, str]:
-        """Return Docker's DeviceId, DeviceSize and DeviceName; if mounted, MountPoint and LoopDevice."""
+        """Return Docker's DeviceId, DeviceSize and DeviceName; if mounted, MountPoint and its device."""
         self._check_known(id)
         pool = self._pool()
         device = pool.device(id)
         found = {"DeviceId": str(device.id), "DeviceSize": str(device.size), "DeviceName": device.name}
         for mounted in pool.mounts():
             if mounted.device == id:
-                found |= {"MountPoint": mounted.target, "LoopDevice": mounted.loop or ""}
+                node = (
+                    {"LoopDevice": mounted.loop or ""}
+                    if self.engine == "user"
+                    else {"Node": mounted.node or ""}
+                )
+                found |= {"MountPoint": mounted.target, **node}
         return found
 
     def accounting(self, id: str) -> Accounting:
@@ -239,11 +245,15 @@ class ThinDriver(Driver):
 
     def _unmount_abandoned(self) -> None:
         """Unmount the layers whose holders died without a put, but what somebody still uses."""
-        for entry in mount.mount_table():
-            target = Path(entry.target)
-            if target.parent == self._mounts and not self._home.holders(target.name):
+        for id in self._mounted():
+            if not self._home.holders(id):
                 with suppress(BusyError):
-                    self._unmount(target.name)
+                    self._unmount(id)
+
+    def _mounted(self) -> list[str]:
+        """Return the layers that are mounted."""
+        targets = [Path(entry.target) for entry in mount.mount_table()]
+        return [target.name for target in targets if target.parent == self._mounts]
 
     # ---- the pool
 
@@ -251,7 +261,7 @@ class ThinDriver(Driver):
         """Return the connection to the pool's server, a new one if that has ended or we were forked."""
         client = self._client
         if client is None or client.closed or self._owner != os.getpid():
-            client = self._client = pool_client.serve(self._pool_path)
+            client = self._client = pool_client.serve(self._pool_path, engine=self.engine)
             self._owner = os.getpid()
         return client
 
@@ -267,6 +277,7 @@ class ThinDriver(Driver):
                 self._pool_path,
                 size=_POOL_SIZE if size is None else size,
                 block_size=_BLOCK_SIZE if block_size is None else block_size,
+                engine=self.engine,
                 preallocate=preallocate,
             ).close()
         elif block_size is not None and (found := self._pool().status().block_size) != parse_size(block_size):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from blocksnap import drivers, mount
+from tests.driver_params import driver_params
 from tests.file_systems import can_mount, fresh_file_system
 
 OpenDriver = Callable[[], drivers.Driver]

@@ -8,7 +8,6 @@
 from pathlib import Path
 from typing import ClassVar
 
-from .. import mount
 from ..file_system import may_mount
 from .base import Accounting
 from .directory import DirectoryDriver, backing_filesystem, remove_tree
@@ -93,7 +92,6 @@ class BtrfsDriver(DirectoryDriver):
             if limit is not None:
                 limit_subvolume(layer / "tree", limit)
                 (layer / "size").write_text(str(limit))
-            mount.sync_filesystem(layer)
 
     def _remove(self, id: str) -> None:
         self._layers.remove(id)

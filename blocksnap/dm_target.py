@@ -419,8 +419,10 @@ _TARGETS = {kind.type: kind for kind in _KINDS}
 
 def _split_line(line: str) -> tuple[int, str, str]:
     """Return length, type and text of "START LENGTH TYPE TEXT"."""
-    _, length, kind, text = line.split(" ", 3)
-    return int(length) * SECTOR, kind, text
+    fields = line.split(" ", 3)
+    if len(fields) < 4:
+        raise _not_understood("line", line)
+    return _number(fields[1], line) * SECTOR, fields[2], fields[3]
 
 
 def parse_target(line: str) -> Target:

@@ -47,12 +47,21 @@ __all__ = ["ADOPT", "MAX_DEVICE_ID", "Action", "Catalog", "DeviceRecord", "Opera
 MAX_DEVICE_ID = (1 << 24) - 1
 ADOPT = 'take over the pool as it is with "blocksnap pool adopt"'
 _MOVE_AWAY = 'move it away to open the pool with devices named "thin-<id>"'
-_VERSION = 1
+_VERSION = 2
 _APPLICATION_ID = 0x62736E70
-_COLUMNS = "id, name, size, origin, created, labels"
+_COLUMNS = "id, name, size, origin, created, labels, external_origin, condemned"
+_PLACES = ", ".join("?" * len(_COLUMNS.split(",")))
+_TO_VERSION_2 = """
+ALTER TABLE pool ADD COLUMN holding INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE device ADD COLUMN external_origin TEXT;
+ALTER TABLE device ADD COLUMN condemned INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE intent ADD COLUMN external_origin TEXT;
+ALTER TABLE intent ADD COLUMN condemned INTEGER NOT NULL DEFAULT 0;
+PRAGMA user_version = 2;
+"""
 _SCHEMA = f"""
 PRAGMA application_id = {_APPLICATION_ID};
-PRAGMA user_version = {_VERSION};
+PRAGMA user_version = 1;
 CREATE TABLE pool (transaction_id INTEGER NOT NULL);
 CREATE TABLE device (
     id INTEGER PRIMARY KEY CHECK (id BETWEEN 0 AND {MAX_DEVICE_ID}),
@@ -73,12 +82,17 @@ CREATE TABLE intent (
     labels TEXT NOT NULL,
     completing_id INTEGER NOT NULL
 );
+{_TO_VERSION_2}
 """
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceRecord:
-    """What the catalog knows of a thin device; size in bytes, created in ns since 1970, origin an id."""
+    """What the catalog knows of a thin device; size in bytes, created in ns since 1970, origin an id.
+
+    external_origin is the path of what is read where the device has no block of its own. A condemned device
+    is to be deleted once nobody uses it; its name is free for others.
+    """
 
     id: int
     name: str
@@ -86,6 +100,8 @@ class DeviceRecord:
     created: int
     origin: int | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
+    external_origin: str | None = None
+    condemned: bool = False
 
 
 class Action(StrEnum):
@@ -93,6 +109,7 @@ class Action(StrEnum):
     DELETE = "delete"
     RESIZE = "resize"
     RELABEL = "relabel"
+    CONDEMN = "condemn"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,14 +123,28 @@ class Operation:
         return self.action is Action.CREATE and self.record.id == device_id
 
 
+def _labels(record: DeviceRecord) -> str:
+    return json.dumps(dict(record.labels), sort_keys=True)
+
+
 def _row(record: DeviceRecord) -> tuple[Any, ...]:
-    labels = json.dumps(dict(record.labels), sort_keys=True)
-    return record.id, record.name, record.size, record.origin, record.created, labels
+    return (
+        record.id,
+        record.name,
+        record.size,
+        record.origin,
+        record.created,
+        _labels(record),
+        record.external_origin,
+        record.condemned,
+    )
 
 
 def _record(row: Sequence[Any]) -> DeviceRecord:
-    device_id, name, size, origin, created, labels = row
-    return DeviceRecord(device_id, name, size, created, origin, json.loads(labels))
+    device_id, name, size, origin, created, labels, external_origin, condemned = row
+    return DeviceRecord(
+        device_id, name, size, created, origin, json.loads(labels), external_origin, bool(condemned)
+    )
 
 
 class Catalog:
@@ -152,7 +183,7 @@ class Catalog:
     ) -> Self:
         with _closed_on_failure(database):
             database.executescript(_SCHEMA)
-            database.execute("INSERT INTO pool VALUES (0)")
+            database.execute("INSERT INTO pool (transaction_id) VALUES (0)")
             catalog = cls(database, path)
             catalog.adopt(records, transaction_id)
         return catalog
@@ -176,6 +207,17 @@ class Catalog:
         """The transaction id of the pool state that the device table describes."""
         with _sqlite_errors(self._name):
             return int(self._database.execute("SELECT transaction_id FROM pool").fetchone()[0])
+
+    @property
+    def holding(self) -> bool:
+        """Whether the metadata snapshot that the pool may hold is ours."""
+        with _sqlite_errors(self._name):
+            return bool(self._database.execute("SELECT holding FROM pool").fetchone()[0])
+
+    def note_holding(self, holding: bool) -> None:
+        """Write down that we are about to hold a metadata snapshot, or have released it."""
+        with self._change(durable=holding):
+            self._database.execute("UPDATE pool SET holding = ?", (holding,))
 
     def records(self) -> list[DeviceRecord]:
         """Return every device by ascending id."""
@@ -204,7 +246,7 @@ class Catalog:
             self._apply_intent()
             completing_id = self._database.execute("SELECT transaction_id + 1 FROM pool").fetchone()[0]
             self._database.executemany(
-                f"INSERT INTO intent (action, {_COLUMNS}, completing_id) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                f"INSERT INTO intent (action, {_COLUMNS}, completing_id) VALUES (?, {_PLACES}, ?)",
                 [(operation.action, *_row(operation.record), completing_id) for operation in operations],
             )
         return int(completing_id)
@@ -241,7 +283,7 @@ class Catalog:
             self._database.execute("DELETE FROM intent")
             self._database.execute("DELETE FROM device")
             self._database.executemany(
-                f"INSERT INTO device ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)",
+                f"INSERT INTO device ({_COLUMNS}) VALUES ({_PLACES})",
                 [_row(record) for record in records],
             )
             self._database.execute("UPDATE pool SET transaction_id = ?", (transaction_id,))
@@ -258,9 +300,7 @@ class Catalog:
         record = operation.record
         match operation.action:
             case Action.CREATE:
-                self._database.execute(
-                    f"INSERT INTO device ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)", _row(record)
-                )
+                self._database.execute(f"INSERT INTO device ({_COLUMNS}) VALUES ({_PLACES})", _row(record))
             case Action.DELETE:
                 self._database.execute("DELETE FROM device WHERE id = ?", (record.id,))
                 self._database.execute("UPDATE device SET origin = NULL WHERE origin = ?", (record.id,))
@@ -268,8 +308,13 @@ class Catalog:
                 self._database.execute("UPDATE device SET size = ? WHERE id = ?", (record.size, record.id))
             case Action.RELABEL:
                 self._database.execute(
-                    "UPDATE device SET labels = ? WHERE id = ?", (_row(record)[-1], record.id)
+                    "UPDATE device SET labels = ? WHERE id = ?", (_labels(record), record.id)
                 )
+            case Action.CONDEMN:
+                self._database.execute(
+                    "UPDATE device SET name = ?, condemned = 1 WHERE id = ?", (record.name, record.id)
+                )
+                self._database.execute("UPDATE device SET origin = NULL WHERE origin = ?", (record.id,))
 
     @contextmanager
     def _change(self, *, durable: bool) -> Iterator[None]:
@@ -286,6 +331,9 @@ class Catalog:
             raise PoolFormatError(
                 f"{self._name} is not a catalog of blocksnap: put the right one there, or {_MOVE_AWAY}"
             )
+        if version == 1:
+            self._database.executescript(f"BEGIN; {_TO_VERSION_2} COMMIT;")
+            version = _VERSION
         if version != _VERSION:
             raise PoolFormatError(
                 f"{self._name} has version {version}, this blocksnap reads {_VERSION}: use a newer one"

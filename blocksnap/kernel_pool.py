@@ -6,7 +6,8 @@
    has it open.
 3. Every device of a pool has a uuid that tells the pool: what a killed process left is removed at the next
    open, by either engine.
-4. Whoever reads the metadata has the pool suspended, by a guard that resumes it if this process dies.
+4. Who reads the metadata of a running pool reads a metadata snapshot, or has the pool suspended by a guard
+   that resumes it if this process dies.
 
 Calls may come from any thread.
 """
@@ -18,9 +19,7 @@ from dataclasses import replace
 from os import PathLike, fspath
 from typing import Self
 
-import numpy as np
-from numpy.typing import NDArray
-
+from . import metadata as metadata_walks
 from .device_mapper import (
     Control,
     Device,
@@ -49,7 +48,8 @@ from .kernel_backing import (
 )
 from .kernel_device import ActiveDevice, IOCounts, KernelDevice, users_of
 from .kernel_leftovers import remove_devices
-from .user_pool import DeviceInfo, EngineStatus, PoolCounters, UserPool
+from .metadata import DeviceInfo
+from .user_pool import EngineStatus, PoolCounters, UserPool
 
 __all__ = ["KernelDevice", "KernelPool"]
 
@@ -413,33 +413,18 @@ class KernelPool:
 
     # ---- metadata
 
-    @contextmanager
-    def _view(self) -> Iterator[UserPool]:
-        """Give the metadata as the user engine reads them, committed and at rest."""
-        with self._metadata_at_rest():
-            paths = self._metadata.path, self._data.path
-            view = UserPool.open(*paths, read_only=True, locked=True)
-            try:
-                yield view
-            finally:
-                view.abandon()
+    def hold_metadata(self) -> None:
+        """Commit, and hold what is committed for walks; BusyError if a metadata snapshot is held already."""
+        with self._lock:
+            self._require_room("a metadata snapshot")
+            self._device.reserve_metadata_snap()
+
+    def release_metadata(self) -> None:
+        with self._lock:
+            self._require_open()
+            self._device.release_metadata_snap()
 
     def devices(self) -> list[DeviceInfo]:
         """Return the details of every device by ascending id."""
-        with self._view() as view:
-            return view.devices()
-
-    def mappings(self, device_id: int, begin: int = 0) -> Iterator[NDArray[np.void]]:
-        """Yield a device's mappings from thin block begin on, ascending, in arrays of MAPPING."""
-        while (some := self._some_mappings(device_id, begin)) is not None:
-            yield some
-            begin = int(some["thin_block"][-1]) + 1
-
-    def _some_mappings(self, device_id: int, begin: int) -> NDArray[np.void] | None:
-        with self._view() as view:
-            return next(view.mappings(device_id, begin), None)
-
-    def end_of_mappings(self, device_id: int) -> int:
-        """Return the thin block behind the highest mapped one, 0 for an empty device."""
-        with self._view() as view:
-            return view.end_of_mappings(device_id)
+        with self._metadata_at_rest():
+            return metadata_walks.devices(self._metadata.path)

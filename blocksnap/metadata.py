@@ -1,13 +1,15 @@
-"""Read-only walks over the metadata of a thin pool: check, dump, delta, usage.
+"""Read-only walks over the metadata of a thin pool: check, dump, delta, usage, devices, mappings.
 
 They read a metadata file or device that nobody writes meanwhile: the caller holds the pool's lock, or the
-pool is committed and quiescent. Text goes to a file descriptor, so that it never passes through Python. A
+pool is committed and quiescent. With `held` they read the metadata snapshot that the pool holds, and the
+pool may go on. Text goes to a file descriptor, so that it never passes through Python. A
 file that is no thin pool raises PoolFormatError, one that cannot be read further DamagedMetadataError; what
 `check` finds is a report, not an exception. A reader that closes its end of a pipe raises BrokenPipeError.
 """
 
 import errno
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, NamedTuple, Protocol
@@ -24,13 +26,18 @@ __all__ = [
     "DELTA_LEFT_ONLY",
     "DELTA_RANGE",
     "DELTA_RIGHT_ONLY",
+    "MAPPING",
     "BlockUsage",
     "CheckReport",
+    "DeviceInfo",
     "Finding",
     "Output",
     "check",
     "delta_ranges",
+    "devices",
     "dump",
+    "end_of_mappings",
+    "mappings",
     "usage",
     "write_delta",
 ]
@@ -45,8 +52,11 @@ DELTA_KINDS = {
 }
 DELTA_RANGE = np.dtype([("thin_begin", "u8"), ("length", "u8"), ("kind", "u8")])
 
+MAPPING = np.dtype([("thin_block", "u8"), ("data_block", "u8"), ("time", "u8")])
+
 _RANGES_A_CALL = 1 << 16
-_DEVICES_AT_FIRST = 1 << 10
+_MAPPINGS_AN_ARRAY = 1 << 16
+_DEVICES_A_CALL = 1 << 10
 _KEY_END = 1 << 64
 
 
@@ -93,6 +103,27 @@ class CheckReport:
     def damaged(self) -> bool:
         """Whether anything is wrong, be it only lost space."""
         return self.fatal > 0 or self.leaks > 0
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceInfo:
+    """The details that the metadata hold of a thin device."""
+
+    id: int
+    creation_time: int
+    snapshotted_time: int
+    mapped_blocks: int
+    transaction_id: int
+
+    @classmethod
+    def of(cls, struct: Any) -> "DeviceInfo":
+        return cls(
+            struct.id,
+            struct.creation_time,
+            struct.snapshotted_time,
+            struct.mapped_blocks,
+            struct.transaction_id,
+        )
 
 
 class BlockUsage(NamedTuple):
@@ -152,17 +183,17 @@ def check(path: Path, output: Output | None = None) -> CheckReport:
         return _report(result, tuple(Finding(*line.rstrip("\n").split(": ", 1)) for line in lines))
 
 
-def dump(path: Path, output: Output) -> None:
+def dump(path: Path, output: Output, *, held: bool = False) -> None:
     """Write what `thin_dump` prints (0.9.0, byte for byte)."""
-    _checked(lib.bs_metadata_dump(_encoded(path), _descriptor(output)))
+    _checked(lib.bs_metadata_dump(_encoded(path), held, _descriptor(output)))
 
 
-def write_delta(path: Path, left: int, right: int, output: Output) -> None:
+def write_delta(path: Path, left: int, right: int, output: Output, *, held: bool = False) -> None:
     """Write what `thin_delta --thin1 left --thin2 right` prints (0.9.0, byte for byte)."""
-    _checked(lib.bs_metadata_delta(_encoded(path), left, right, _descriptor(output)))
+    _checked(lib.bs_metadata_delta(_encoded(path), held, left, right, _descriptor(output)))
 
 
-def delta_ranges(path: Path, left: int, right: int) -> NDArray[np.void]:
+def delta_ranges(path: Path, left: int, right: int, *, held: bool = False) -> NDArray[np.void]:
     """Return where two devices differ: an array (thin_begin, length, kind) in blocks, ascending.
 
     kind is one of the DELTA_ constants. What both devices share is neither returned nor, mostly, read.
@@ -171,8 +202,10 @@ def delta_ranges(path: Path, left: int, right: int) -> NDArray[np.void]:
     begin = 0
     while begin < _KEY_END:
         ranges = np.empty(_RANGES_A_CALL, DELTA_RANGE)
-        target = ffi.from_buffer("struct bs_delta_range[]", ranges, require_writable=True)
-        count = _check(lib.bs_metadata_delta_ranges(_encoded(path), left, right, begin, target, len(ranges)))
+        out = ffi.from_buffer("struct bs_delta_range[]", ranges, require_writable=True)
+        count = _check(
+            lib.bs_metadata_delta_ranges(_encoded(path), held, left, right, begin, out, len(ranges))
+        )
         found.append(ranges[:count])
         if count < len(ranges):
             break
@@ -180,14 +213,55 @@ def delta_ranges(path: Path, left: int, right: int) -> NDArray[np.void]:
     return np.concatenate(found)
 
 
-def usage(path: Path) -> tuple[BlockUsage, ...]:
+def usage(path: Path, *, held: bool = False) -> tuple[BlockUsage, ...]:
     """Return the mapped and the exclusive data blocks of every thin device by ascending id."""
-    capacity = _DEVICES_AT_FIRST
+    capacity = _DEVICES_A_CALL
     while True:
-        devices = ffi.new("struct bs_usage[]", capacity)
-        count = _check(lib.bs_metadata_usage(_encoded(path), devices, capacity))
+        out = ffi.new("struct bs_usage[]", capacity)
+        count = _check(lib.bs_metadata_usage(_encoded(path), held, out, capacity))
         if count <= capacity:
-            return tuple(
-                BlockUsage(one.id, one.mapped_blocks, one.exclusive_blocks) for one in devices[0:count]
-            )
+            return tuple(BlockUsage(one.id, one.mapped_blocks, one.exclusive_blocks) for one in out[0:count])
         capacity = count
+
+
+def devices(path: Path, *, held: bool = False) -> list[DeviceInfo]:
+    """Return the details of every device by ascending id."""
+    found: list[DeviceInfo] = []
+    out = ffi.new("struct bs_device_info[]", _DEVICES_A_CALL)
+    count = _DEVICES_A_CALL
+    while count == _DEVICES_A_CALL:
+        begin = found[-1].id + 1 if found else 0
+        count = _check(lib.bs_metadata_devices(_encoded(path), held, begin, out, _DEVICES_A_CALL))
+        found += map(DeviceInfo.of, out[0:count])
+    return found
+
+
+def mappings(path: Path, device_id: int, begin: int = 0, *, held: bool = False) -> Iterator[NDArray[np.void]]:
+    """Yield a device's mappings from thin block begin on, ascending, in arrays of MAPPING."""
+    count = _MAPPINGS_AN_ARRAY
+    while count == _MAPPINGS_AN_ARRAY:
+        some = _some_mappings(path, device_id, begin, _MAPPINGS_AN_ARRAY, held)
+        count = len(some)
+        if count:
+            yield some
+            begin = int(some["thin_block"][-1]) + 1
+
+
+def _some_mappings(path: Path, device_id: int, begin: int, capacity: int, held: bool) -> NDArray[np.void]:
+    found = np.empty(capacity, MAPPING)
+    out = ffi.from_buffer("struct bs_mapping[]", found, require_writable=True)
+    count = _check(lib.bs_metadata_mappings(_encoded(path), held, device_id, begin, out, capacity))
+    return found[:count]
+
+
+def end_of_mappings(path: Path, device_id: int) -> int:
+    """Return the thin block behind the highest mapped one, 0 for an empty device (about 50 look-ups)."""
+    low, high = 0, 1 << 51
+    while low < high:
+        middle = (low + high) // 2
+        found = _some_mappings(path, device_id, middle, 1, held=False)
+        if len(found):
+            low = int(found["thin_block"][0]) + 1
+        else:
+            high = middle
+    return low

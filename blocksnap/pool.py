@@ -37,6 +37,7 @@ from .pool_files import (
 from .pool_recovery import open_catalog
 from .pool_report import DeviceUsage, PoolStatus, device_usage, pool_status, reverse_mappings
 from .pool_transaction import DeviceTable, Transaction
+from .pool_walk import MetadataAtRest, MetadataWalks
 from .thin_device import ThinDevice, parse_device_size, require_name
 from .units import Size, parse_size
 
@@ -58,6 +59,7 @@ class Pool:
         self._table = DeviceTable(catalog.records(), f"pool {files}")
         self._devices: dict[int, ThinDevice] = {}
         self._lock = threading.RLock()
+        self._walks = MetadataWalks(files.metadata, engine, catalog, self._lock)
         self._transaction: Transaction | None = None
         self._transaction_thread = 0
         self._failed = False
@@ -155,8 +157,8 @@ class Pool:
 
     def close(self) -> None:
         """Commit and release the pool; BusyError while a device is held by an export."""
-        with self._lock:
-            self._refuse_in_transaction("close")
+        self._refuse_in_transaction("close")
+        with self._walks.turn, self._lock:
             held = next((device.name for device in self._devices.values() if device.held), None)
             if held is not None:
                 raise BusyError(
@@ -275,11 +277,11 @@ class Pool:
 
     def usage(self) -> list[DeviceUsage]:
         """Return the mapped, exclusive and shared bytes of every thin device, by name."""
-        block_size = self._engine.status().block_size
-        with self._quiescent() as metadata:
-            found = metadata_walks.usage(metadata)
+        with self._walk() as metadata:
+            found = metadata_walks.usage(metadata.path, held=metadata.held)
+        with self._lock:
             names = {record.id: record.name for record in self._table.records()}
-        return device_usage(found, names, block_size)
+        return device_usage(found, names, self._engine.status().block_size)
 
     def delta(self, left: ThinDevice | str, right: ThinDevice | str) -> NDArray[np.void]:
         """Return where two devices differ: a structured array (thin_begin, length, kind), in blocks.
@@ -287,31 +289,32 @@ class Pool:
         kind is one of the DELTA_ constants of blocksnap.metadata. What both share is not read.
         """
         ids = self._id_of(left), self._id_of(right)
-        with self._quiescent() as metadata:
-            return metadata_walks.delta_ranges(metadata, *ids)
+        with self._walk() as metadata:
+            return metadata_walks.delta_ranges(metadata.path, *ids, held=metadata.held)
 
     def reverse_mappings(self, begin: int = 0, end: int | None = None) -> NDArray[np.void]:
         """Return who uses the data blocks from begin to before end.
 
         The array has the fields data_begin, length, device_id and thin_begin, in blocks.
         """
-        return reverse_mappings(self._engine, begin, end)
+        with self._walk() as metadata:
+            return reverse_mappings(metadata.path, begin, end, held=metadata.held)
 
     def write_delta(self, left: ThinDevice | str, right: ThinDevice | str, output: int) -> None:
         """Write to a file descriptor what `thin_delta` prints for two devices."""
         ids = self._id_of(left), self._id_of(right)
-        with self._quiescent() as metadata:
-            metadata_walks.write_delta(metadata, *ids, output)
+        with self._walk() as metadata:
+            metadata_walks.write_delta(metadata.path, *ids, output, held=metadata.held)
 
     def dump(self, output: int) -> None:
         """Write to a file descriptor what `thin_dump` prints."""
-        with self._quiescent() as metadata:
-            metadata_walks.dump(metadata, output)
+        with self._walk() as metadata:
+            metadata_walks.dump(metadata.path, output, held=metadata.held)
 
     def check(self) -> metadata_walks.CheckReport:
-        """Prove every invariant of the metadata and recompute all counts."""
-        with self._quiescent() as metadata:
-            return metadata_walks.check(metadata)
+        """Prove every invariant of the metadata and recompute all counts; the pool stands still meanwhile."""
+        with self._walk(whole=True) as metadata:
+            return metadata_walks.check(metadata.path)
 
     # ---- what the devices ask for
 
@@ -400,15 +403,15 @@ class Pool:
             device._close()
 
     @contextmanager
-    def _quiescent(self) -> Iterator[Path]:
-        """Give the metadata while no commit happens; what is committed then stays in place."""
-        with self._lock:
-            self._refuse_in_transaction("walk the metadata")
-            if self._read_only or self._failed:
-                yield self._files.metadata
-                return
-            with self._engine.quiescent():
-                yield self._files.metadata
+    def _walk(self, *, whole: bool = False) -> Iterator[MetadataAtRest]:
+        """Give metadata that stay as they are; the pool goes on unless the walk wants the whole of them."""
+        self._refuse_in_transaction("walk the metadata")
+        if self._read_only or self._failed:
+            walk = self._walks.as_they_are
+        else:
+            walk = self._walks.at_rest if whole else self._walks.committed
+        with walk() as metadata:
+            yield metadata
 
     def _refuse_in_transaction(self, what: str) -> None:
         if self._transaction is not None and self._transaction_thread == threading.get_ident():

@@ -3,10 +3,13 @@
 import time
 from collections.abc import Collection
 
+from . import metadata as metadata_walks
 from .catalog import ADOPT, Action, Catalog, DeviceRecord
 from .engines import Engine
 from .errors import PoolFormatError
 from .pool_files import PoolFiles
+from .pool_walk import release_left
+from .user_pool import EngineStatus
 
 __all__ = ["open_catalog"]
 
@@ -24,19 +27,21 @@ def open_catalog(files: PoolFiles, engine: Engine, *, adopt: bool = False) -> Ca
     present = {info.id for info in engine.devices()}
     if not files.catalog.exists():
         path = None if status.read_only else files.catalog
-        return Catalog.create(path, status.transaction_id, _named_by_number(engine, present))
+        return Catalog.create(path, status.transaction_id, _named_by_number(files, status, present))
     catalog = Catalog.open(files.catalog, read_only=status.read_only)
     try:
         if adopt:
             known = [record for record in catalog.records() if record.id in present]
             unknown = present - {record.id for record in known}
             taken = {record.name for record in known}
-            catalog.adopt([*known, *_named_by_number(engine, unknown, taken)], status.transaction_id)
+            catalog.adopt([*known, *_named_by_number(files, status, unknown, taken)], status.transaction_id)
         if status.transaction_id == catalog.transaction_id:
             _settle(catalog, engine, present, files)
             present = {info.id for info in engine.devices()}
         catalog.recover(engine.status().transaction_id)
         _compare(catalog, present, files)
+        if not status.read_only:
+            release_left(engine, catalog)
     except BaseException:
         catalog.close()
         raise
@@ -70,14 +75,16 @@ def _settle(catalog: Catalog, engine: Engine, present: set[int], files: PoolFile
 
 
 def _named_by_number(
-    engine: Engine, device_ids: Collection[int], taken: Collection[str] = ()
+    files: PoolFiles, status: EngineStatus, device_ids: Collection[int], taken: Collection[str] = ()
 ) -> list[DeviceRecord]:
-    block_size = engine.status().block_size
     return [
         DeviceRecord(
             device_id,
             _free_name(f"thin-{device_id}", taken),
-            min(max(engine.end_of_mappings(device_id), 1) * block_size, _MAX_SIZE),
+            min(
+                max(metadata_walks.end_of_mappings(files.metadata, device_id), 1) * status.block_size,
+                _MAX_SIZE,
+            ),
             time.time_ns(),
         )
         for device_id in sorted(device_ids)

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from . import metadata as metadata_walks
 from .engines import Engine
 from .metadata import BlockUsage
 from .user_pool import PoolCounters
@@ -92,30 +94,33 @@ def device_usage(found: Iterable[BlockUsage], names: Mapping[int, str], block_si
     return sorted(usages, key=lambda usage: usage.name)
 
 
-def reverse_mappings(engine: Engine, begin: int, end: int | None) -> NDArray[np.void]:
+def reverse_mappings(metadata: Path, begin: int, end: int | None, *, held: bool) -> NDArray[np.void]:
     """Return the runs of data blocks from begin to before end by first data block, then device."""
     runs = [np.empty(0, REVERSE_MAPPING)]
-    for device in engine.devices():
-        runs.extend(_runs(engine, device.id, begin, end))
+    for device in metadata_walks.devices(metadata, held=held):
+        mappings = metadata_walks.mappings(metadata, device.id, held=held)
+        runs.extend(_runs(mappings, device.id, begin, end))
     found = np.concatenate(runs)
     return found[np.lexsort((found["thin_begin"], found["device_id"], found["data_begin"]))]
 
 
-def _runs(engine: Engine, device_id: int, begin: int, end: int | None) -> Iterator[NDArray[np.void]]:
-    for mappings in _whole_runs(engine, device_id):
-        inside = mappings["data_block"] >= begin
+def _runs(
+    mappings: Iterable[NDArray[np.void]], device_id: int, begin: int, end: int | None
+) -> Iterator[NDArray[np.void]]:
+    for some in _whole_runs(mappings):
+        inside = some["data_block"] >= begin
         if end is not None:
-            inside &= mappings["data_block"] < end
-        chosen = mappings[inside]
+            inside &= some["data_block"] < end
+        chosen = some[inside]
         if len(chosen):
             yield _joined(device_id, chosen["thin_block"], chosen["data_block"])
 
 
-def _whole_runs(engine: Engine, device_id: int) -> Iterator[NDArray[np.void]]:
+def _whole_runs(mappings: Iterable[NDArray[np.void]]) -> Iterator[NDArray[np.void]]:
     """Yield mappings in arrays that no run of consecutive blocks crosses."""
     rest: NDArray[np.void] | None = None
-    for mappings in engine.mappings(device_id):
-        joined = mappings if rest is None else np.concatenate([rest, mappings])
+    for some in mappings:
+        joined = some if rest is None else np.concatenate([rest, some])
         breaks = np.flatnonzero(_breaks(joined["thin_block"], joined["data_block"]))
         last = int(breaks[-1]) + 1 if len(breaks) else 0
         if last:

@@ -13,16 +13,12 @@ from dataclasses import dataclass
 from os import PathLike, fspath
 from typing import Any, Self
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ._native import check, encode, ffi, lib
 from .errors import ArgumentError
+from .metadata import DeviceInfo
 
 __all__ = [
-    "MAPPING",
     "Buffer",
-    "DeviceInfo",
     "EngineStatus",
     "Handle",
     "PoolCounters",
@@ -34,8 +30,6 @@ __all__ = [
 Buffer = Any
 """Anything with the buffer protocol, contiguous: bytes, bytearray, memoryview, numpy arrays."""
 
-MAPPING = np.dtype([("thin_block", "u8"), ("data_block", "u8"), ("time", "u8")])
-_MAPPINGS_AN_ARRAY = 1 << 16
 _DEVICES_A_CALL = 1 << 10
 
 
@@ -76,17 +70,6 @@ class EngineStatus:
     out_of_space: bool
     failed: bool
     direct_io: bool
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceInfo:
-    """The details that the metadata hold of a thin device."""
-
-    id: int
-    creation_time: int
-    snapshotted_time: int
-    mapped_blocks: int
-    transaction_id: int
 
 
 _FLAGS = {"read_only", "needs_check", "out_of_space", "failed", "direct_io"}
@@ -310,6 +293,15 @@ class UserPool:
             current = self.status().transaction_id
             self.end(current, current)
 
+    def hold_metadata(self) -> None:
+        """Commit, and hold what is committed for walks; BusyError if a metadata snapshot is held already."""
+        with self._handle as pool:
+            check(lib.bs_pool_hold_metadata(pool))
+
+    def release_metadata(self) -> None:
+        with self._handle as pool:
+            check(lib.bs_pool_release_metadata(pool))
+
     def status(self) -> EngineStatus:
         result = ffi.new("struct bs_pool_status *")
         with self._handle as pool:
@@ -357,35 +349,5 @@ class UserPool:
             begin = found[-1].id + 1 if found else 0
             with self._handle as pool:
                 count = check(lib.bs_pool_devices(pool, begin, out, _DEVICES_A_CALL))
-            found += [DeviceInfo(**_values(out[i], DeviceInfo)) for i in range(count)]
+            found += map(DeviceInfo.of, out[0:count])
         return found
-
-    def mappings(self, device_id: int, begin: int = 0) -> Iterator[NDArray[np.void]]:
-        """Yield a device's mappings from thin block begin on, ascending, in arrays of MAPPING."""
-        out = np.empty(_MAPPINGS_AN_ARRAY, MAPPING)
-        filled = 0
-        while count := self._some_mappings(device_id, begin, out[filled:]):
-            filled += count
-            begin = int(out["thin_block"][filled - 1]) + 1
-            if filled == len(out):
-                yield out
-                out, filled = np.empty(_MAPPINGS_AN_ARRAY, MAPPING), 0
-        if filled:
-            yield out[:filled]
-
-    def _some_mappings(self, device_id: int, begin: int, out: NDArray[np.void]) -> int:
-        with self._handle as pool:
-            target = ffi.from_buffer("struct bs_mapping[]", out, require_writable=True)
-            return check(lib.bs_pool_mappings(pool, device_id, begin, target, len(out)))
-
-    def end_of_mappings(self, device_id: int) -> int:
-        """Return the thin block behind the highest mapped one, 0 for an empty device (about 50 look-ups)."""
-        low, high = 0, 1 << 51
-        found = np.empty(1, MAPPING)
-        while low < high:
-            middle = (low + high) // 2
-            if self._some_mappings(device_id, middle, found):
-                low = int(found["thin_block"][0]) + 1
-            else:
-                high = middle
-        return low

@@ -97,8 +97,10 @@ int bs_pool_create_snapshot(struct bs_pool *pool, uint32_t id, uint32_t origin);
 int bs_pool_delete_device(struct bs_pool *pool, uint32_t id);
 /* Resumable listing by ascending id from begin on; returns the number written to out. */
 int bs_pool_devices(struct bs_pool *pool, uint32_t begin, struct bs_device_info *out, int capacity);
-/* The mappings of a device by ascending thin block from begin on; returns the number written to out. */
-int bs_pool_mappings(struct bs_pool *pool, uint32_t id, uint64_t begin, struct bs_mapping *out, int capacity);
+/* Commit, and hold what is committed for the walkers until it is released; -EBUSY if somebody holds a metadata
+ * snapshot already. Both wait for the end of another thread's transaction. */
+int bs_pool_hold_metadata(struct bs_pool *pool);
+int bs_pool_release_metadata(struct bs_pool *pool);
 
 /* A device is activated with its size, which the pool does not store. Several handles to one id share one
  * state. */
@@ -115,7 +117,8 @@ uint64_t bs_device_size(struct bs_device *device);
 
 /* ---- read-only walkers (thin_check.c, thin_dump.c, thin_delta.c) ---- */
 /* They read a metadata file or device that no one writes: the caller holds the lock, or has the pool
- * committed and quiescent. fd is where text goes. */
+ * committed and quiescent. With held they read the metadata snapshot that the pool holds, and the pool may go
+ * on. fd is where text goes. */
 
 struct bs_check_result {
 	uint64_t fatal;    /* findings that lose or endanger data */
@@ -131,8 +134,8 @@ struct bs_check_result {
 /* Recompute everything; each finding is a line on fd: "<fatal|leak|warning>: <path>: <what>". Goes on past
  * damage. */
 int bs_metadata_check(const char *metadata, int fd, struct bs_check_result *ret);
-int bs_metadata_dump(const char *metadata, int fd);
-int bs_metadata_delta(const char *metadata, uint32_t left, uint32_t right, int fd);
+int bs_metadata_dump(const char *metadata, int held, int fd);
+int bs_metadata_delta(const char *metadata, int held, uint32_t left, uint32_t right, int fd);
 
 #define BS_DELTA_LEFT_ONLY 1
 #define BS_DELTA_RIGHT_ONLY 2
@@ -147,7 +150,7 @@ struct bs_delta_range {
 
 /* Differences of two devices from thin block begin on, same ranges left out; returns the number written to
  * out; the next call begins behind the last range. Subtrees that both sides share are not read. */
-int bs_metadata_delta_ranges(const char *metadata, uint32_t left, uint32_t right, uint64_t begin,
+int bs_metadata_delta_ranges(const char *metadata, int held, uint32_t left, uint32_t right, uint64_t begin,
 	struct bs_delta_range *out, int capacity);
 
 struct bs_usage {

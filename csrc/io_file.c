@@ -247,6 +247,9 @@ int io_file_open(const char *path, unsigned int flags, struct io **ret)
 	}
 	if (direct)
 		f->io.alignment = direct_alignment(f);
+	/* The kernel's device-mapper writes below the page cache, which may remember what was there before. */
+	if (f->block_device && (flags & IO_READ_ONLY))
+		posix_fadvise(f->fd, 0, 0, POSIX_FADV_DONTNEED);
 	*ret = &f->io;
 	return 0;
 fail:

@@ -18,6 +18,8 @@
 #include "crc32c.h"
 #include "error.h"
 
+#define SUPERBLOCK_READS 100
+
 /* ---- opening */
 
 static bool is_zero(const void *data, size_t length)
@@ -117,11 +119,47 @@ static int check_superblock(const struct metadata_reader *r)
 	return 0;
 }
 
-int metadata_reader_open(struct metadata_reader *r, const char *path)
+/* The running pool may be writing its superblock just now. */
+static int read_superblock_again(struct metadata_reader *r)
+{
+	int err = io_read(r->io, 0, &r->superblock, METADATA_BLOCK_SIZE);
+
+	r->nr_blocks = pointer_limit(r);
+	return err ? err : check_superblock(r);
+}
+
+/* Go on with the trees of the held metadata snapshot and the space maps of the superblock. */
+static int take_held(struct metadata_reader *r)
+{
+	uint64_t block = le64_get(r->superblock.held_root);
+	struct disk_superblock held;
+
+	if (block == 0)
+		return bs_fail(-ENODATA, "%sno metadata snapshot is held", r->prefix);
+	int err = metadata_read_block(r, block, &held);
+	if (err)
+		return err;
+	if (le32_get(held.csum) != block_checksum(&held, SUPERBLOCK_SALT) ||
+		le64_get(held.magic) != SUPERBLOCK_MAGIC || le64_get(held.blocknr) != block)
+		return bs_fail(-EILSEQ,
+			"%sblock %" PRIu64 ", the held metadata snapshot, is no copy of a superblock",
+			r->prefix, block);
+	held.data_sm_root = r->superblock.data_sm_root;
+	held.metadata_sm_root = r->superblock.metadata_sm_root;
+	r->superblock = held;
+	return 0;
+}
+
+int metadata_reader_open(struct metadata_reader *r, const char *path, bool held)
 {
 	int err = metadata_reader_init(r, path);
 
-	return err ? err : check_superblock(r);
+	if (err)
+		return err;
+	err = check_superblock(r);
+	for (int i = 0; err == -EILSEQ && held && i < SUPERBLOCK_READS; i++)
+		err = read_superblock_again(r);
+	return err || !held ? err : take_held(r);
 }
 
 /* ---- blocks */
@@ -353,7 +391,8 @@ static void push_level(struct leaf_walk *w, const struct disk_node *node, uint64
 
 	level->node = node;
 	level->high = high;
-	level->index = level->batch_begin = level->batch_end = 0;
+	level->index = node_is_leaf(node) ? 0 : node_child_index(node, w->begin);
+	level->batch_begin = level->batch_end = 0;
 }
 
 static int start_walk(struct leaf_walk *w)

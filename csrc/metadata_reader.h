@@ -31,8 +31,10 @@ struct metadata_reader {
 int metadata_reader_init(struct metadata_reader *r, const char *path);
 /* NULL io is accepted, so a failed init may be followed by it. */
 void metadata_reader_deinit(struct metadata_reader *r);
-/* Init, then demand everything of the superblock that dump, delta and usage rely on. */
-int metadata_reader_open(struct metadata_reader *r, const char *path);
+/* Init, then demand everything of the superblock that dump, delta and usage rely on. With held, what is read
+ * is the metadata snapshot that the superblock names (-ENODATA if there is none); the pool may then go on
+ * meanwhile. The sizes stay those of the superblock: a metadata snapshot has none. */
+int metadata_reader_open(struct metadata_reader *r, const char *path, bool held);
 
 /* Read one block, bounded by the device; its content is not checked. */
 int metadata_read_block(const struct metadata_reader *r, uint64_t block, void *buffer);
@@ -105,6 +107,7 @@ struct leaf_walk {
 	const struct metadata_reader *r;
 	uint32_t value_size;
 	uint64_t root;
+	uint64_t begin; /* leaves with smaller keys only are left out; 0 unless set before the first call */
 	int depth;      /* nodes on the path; 0 before the first leaf and after the last */
 	int leaf_depth; /* of the first leaf; all others must agree */
 	bool started;

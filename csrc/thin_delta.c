@@ -351,22 +351,24 @@ static int delta_text(struct delta *d, const struct metadata_reader *r, uint32_t
 	d->sink = (struct sink){.text = out};
 	text_printf(out,
 		"<superblock uuid=\"\" time=\"%u\" transaction=\"%" PRIu64
-		"\" data_block_size=\"%u\" nr_data_blocks=\"%" PRIu64
-		"\">\n  <diff left=\"%u\" right=\"%u\">\n",
+		"\" data_block_size=\"%u\" nr_data_blocks=\"%" PRIu64 "\"",
 		le32_get(sb->time), le64_get(sb->trans_id), le32_get(sb->data_block_size),
-		le64_get(sb->data_sm_root.nr_blocks), left, right);
+		le64_get(sb->data_sm_root.nr_blocks));
+	if (le64_get(sb->held_root))
+		text_printf(out, " metadata_snap=\"%" PRIu64 "\"", le64_get(sb->held_root));
+	text_printf(out, ">\n  <diff left=\"%u\" right=\"%u\">\n", left, right);
 	err = compare_trees(d);
 	if (!err)
 		text_printf(out, "  </diff>\n</superblock>\n");
 	return err;
 }
 
-int bs_metadata_delta(const char *metadata, uint32_t left, uint32_t right, int fd)
+int bs_metadata_delta(const char *metadata, int held, uint32_t left, uint32_t right, int fd)
 {
 	struct metadata_reader reader;
 	struct delta *delta = malloc(sizeof(*delta));
 	struct text_output *out = malloc(sizeof(*out));
-	int err = metadata_reader_open(&reader, metadata);
+	int err = metadata_reader_open(&reader, metadata, held);
 
 	if (!err && (!delta || !out))
 		err = bs_fail(-ENOMEM, "%s: out of memory", metadata);
@@ -380,12 +382,12 @@ int bs_metadata_delta(const char *metadata, uint32_t left, uint32_t right, int f
 	return err;
 }
 
-int bs_metadata_delta_ranges(const char *metadata, uint32_t left, uint32_t right, uint64_t begin,
+int bs_metadata_delta_ranges(const char *metadata, int held, uint32_t left, uint32_t right, uint64_t begin,
 	struct bs_delta_range *out, int capacity)
 {
 	struct metadata_reader reader;
 	struct delta *delta = malloc(sizeof(*delta));
-	int err = metadata_reader_open(&reader, metadata);
+	int err = metadata_reader_open(&reader, metadata, held);
 
 	if (!err && !delta)
 		err = bs_fail(-ENOMEM, "%s: out of memory", metadata);

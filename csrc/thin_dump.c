@@ -118,11 +118,11 @@ static int dump_pool(const struct metadata_reader *r, struct text_output *out)
 	return 0;
 }
 
-int bs_metadata_dump(const char *metadata, int fd)
+int bs_metadata_dump(const char *metadata, int held, int fd)
 {
 	struct metadata_reader reader;
 	struct text_output *out = malloc(sizeof(*out));
-	int err = metadata_reader_open(&reader, metadata);
+	int err = metadata_reader_open(&reader, metadata, held);
 
 	if (!out && !err)
 		err = bs_fail(-ENOMEM, "%s: out of memory", metadata);

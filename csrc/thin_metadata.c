@@ -465,7 +465,6 @@ int thin_hold_snapshot(struct thin_metadata *md)
 int thin_release_snapshot(struct thin_metadata *md)
 {
 	struct bm_block *b;
-	uint64_t written;
 
 	if (!md->held_root)
 		return bs_fail(-EINVAL, "no metadata snapshot is held");
@@ -481,5 +480,5 @@ int thin_release_snapshot(struct thin_metadata *md)
 	if (r == 0)
 		r = tm_dec(&md->tm, md->held_root);
 	md->held_root = 0;
-	return r < 0 ? r : thin_metadata_commit(md, &written);
+	return r;
 }

@@ -95,8 +95,9 @@ int thin_remove(struct thin_metadata *md, struct thin_device *device, uint64_t b
  */
 int thin_freed_blocks(struct thin_metadata *md, uint64_t **ret_blocks, uint64_t *ret_nr);
 
-/* Hold the committed state for readers (one at a time); both commit, so data must be flushed before. */
+/* Commit and hold what is committed for readers (one at a time); data must be flushed before. */
 int thin_hold_snapshot(struct thin_metadata *md);
+/* What only the readers needed is free after the next commit. */
 int thin_release_snapshot(struct thin_metadata *md);
 
 #endif

@@ -343,7 +343,7 @@ int bs_pool_extend(struct bs_pool *pool, uint64_t data_bytes)
 	return r;
 }
 
-/* ---- devices ---- */
+/* ---- held metadata ---- */
 
 /* Refusals leave the transaction whole; anything else breaks it, -ENOSPC too, since make_room went before. */
 static int settle(struct bs_pool *pool, int r)
@@ -352,6 +352,45 @@ static int settle(struct bs_pool *pool, int r)
 		return r;
 	return break_transaction(pool, r);
 }
+
+/* The lock is taken once no other thread has a transaction; 0 or why nothing can be changed. */
+static int lock_between_transactions(struct bs_pool *pool)
+{
+	pthread_mutex_lock(&pool->lock);
+	if (pool->held && pthread_equal(pool->holder, pthread_self()))
+		return bs_fail(-EDEADLK, "a metadata snapshot inside a transaction: end it first");
+	while (pool->held)
+		pthread_cond_wait(&pool->hold_ended, &pool->lock);
+	return check_writable(pool);
+}
+
+int bs_pool_hold_metadata(struct bs_pool *pool)
+{
+	int r = lock_between_transactions(pool);
+
+	if (r == 0)
+		r = make_room(pool, false);
+	if (r == 0)
+		r = commit_locked(pool);
+	if (r == 0)
+		r = settle(pool, thin_hold_snapshot(pool->md));
+	pthread_mutex_unlock(&pool->lock);
+	return r;
+}
+
+int bs_pool_release_metadata(struct bs_pool *pool)
+{
+	int r = lock_between_transactions(pool);
+
+	if (r == 0)
+		r = settle(pool, thin_release_snapshot(pool->md));
+	if (r == 0)
+		r = commit_locked(pool);
+	pthread_mutex_unlock(&pool->lock);
+	return r;
+}
+
+/* ---- devices ---- */
 
 static struct bs_device *find_device(struct bs_pool *pool, uint32_t id)
 {
@@ -416,25 +455,6 @@ int bs_pool_devices(struct bs_pool *pool, uint32_t begin, struct bs_device_info 
 	pthread_mutex_lock(&pool->lock);
 	int n = thin_devices(pool->md, begin, out, capacity);
 	pthread_mutex_unlock(&pool->lock);
-	return n;
-}
-
-int bs_pool_mappings(struct bs_pool *pool, uint32_t id, uint64_t begin, struct bs_mapping *out, int capacity)
-{
-	enum { BATCH = 512 };
-	uint64_t blocks[BATCH], packed[BATCH];
-	struct thin_device *thin;
-
-	pthread_mutex_lock(&pool->lock);
-	int n = thin_device_get(pool->md, id, &thin);
-	if (n == 0) {
-		n = thin_scan(pool->md, thin, begin, UINT64_MAX, blocks, packed,
-			capacity < BATCH ? capacity : BATCH);
-		thin_device_put(pool->md, thin);
-	}
-	pthread_mutex_unlock(&pool->lock);
-	for (int i = 0; i < n; i++)
-		out[i] = (struct bs_mapping){blocks[i], packed[i] >> 24, packed[i] & 0xffffff};
 	return n;
 }
 

@@ -220,11 +220,11 @@ static void count_exclusive(struct usage *u)
 			u->devices[u->owners[block] - 1].exclusive_blocks++;
 }
 
-int bs_metadata_usage(const char *metadata, struct bs_usage *out, int capacity)
+int bs_metadata_usage(const char *metadata, int held, struct bs_usage *out, int capacity)
 {
 	struct usage u = {0};
 	struct usage_walk *walk = malloc(sizeof(*walk));
-	int err = metadata_reader_open(&u.r, metadata);
+	int err = metadata_reader_open(&u.r, metadata, held);
 
 	if (!err && !walk)
 		err = bs_fail(-ENOMEM, "%s: out of memory", metadata);

@@ -137,6 +137,36 @@ def test_a_newer_catalog_is_refused(path: Path) -> None:
         Catalog.open(path)
 
 
+VERSION_1 = """
+PRAGMA application_id = 0x62736E70;
+PRAGMA user_version = 1;
+CREATE TABLE pool (transaction_id INTEGER NOT NULL);
+CREATE TABLE device (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, size INTEGER NOT NULL,
+    origin INTEGER, created INTEGER NOT NULL, labels TEXT NOT NULL);
+CREATE TABLE intent (sequence INTEGER PRIMARY KEY, action TEXT NOT NULL, id INTEGER NOT NULL,
+    name TEXT NOT NULL, size INTEGER NOT NULL, origin INTEGER, created INTEGER NOT NULL,
+    labels TEXT NOT NULL, completing_id INTEGER NOT NULL);
+INSERT INTO pool VALUES (5);
+INSERT INTO device VALUES (1, 'a', 1048576, NULL, 1001, '{"made": "by a test"}');
+INSERT INTO intent VALUES (1, 'create', 2, 'b', 1048576, 1, 1002, '{"made": "by a test"}', 6);
+"""
+
+
+def test_an_older_catalog_is_taken_over(path: Path) -> None:
+    with sqlite3.connect(path) as database:
+        database.executescript(VERSION_1)
+    database.close()
+    reading = Catalog.open(path, read_only=True)
+    assert reading.records() == [record(1, "a")]
+    reading.close()
+    catalog = Catalog.open(path)
+    catalog.recover(6)
+    assert catalog.records() == [record(1, "a"), record(2, "b", origin=1)]
+    assert not catalog.holding
+    catalog.close()
+    Catalog.open(path).close()
+
+
 def test_a_damaged_file_is_named_with_the_mend(path: Path) -> None:
     path.write_bytes(b"no database at all" * 1000)
     with pytest.raises(errors.DamagedMetadataError, match=r"catalog\.db.*move it away"):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from blocksnap import errors
+from blocksnap import errors, metadata
 from blocksnap.user_pool import UserPool
 
 BLOCK = 4096
@@ -115,7 +115,7 @@ def test_end_moves_the_transaction_id_only_from_the_right_one(pool: UserPool) ->
     assert pool.status().transaction_id == 5
 
 
-def test_devices_and_mappings_are_listed_whole(pool: UserPool) -> None:
+def test_devices_and_mappings_are_listed_whole(files: Files, pool: UserPool) -> None:
     pool.begin()
     for device_id in range(0, 3000, 2):
         pool.create_device(device_id)
@@ -125,18 +125,21 @@ def test_devices_and_mappings_are_listed_whole(pool: UserPool) -> None:
         for block in range(0, 1400, 2):
             device.write(block * BLOCK, b"x")
         device.write((1 << 30) - 1, b"x")
-    found = np.concatenate(list(pool.mappings(4)))
+    pool.commit()
+    assert metadata.devices(files.metadata) == pool.devices()
+    found = np.concatenate(list(metadata.mappings(files.metadata, 4)))
     assert found["thin_block"].tolist() == [*range(0, 1400, 2), (1 << 18) - 1]
     assert len(set(found["data_block"].tolist())) == 701
-    assert np.concatenate(list(pool.mappings(4, 1399)))["thin_block"].tolist() == [(1 << 18) - 1]
-    assert (pool.end_of_mappings(4), pool.end_of_mappings(6)) == (1 << 18, 0)
+    assert [some["thin_block"].tolist() for some in metadata.mappings(files.metadata, 4, 1399)] == [
+        [(1 << 18) - 1]
+    ]
+    assert [metadata.end_of_mappings(files.metadata, number) for number in (4, 6)] == [1 << 18, 0]
 
 
 def test_missing_devices_are_named(pool: UserPool) -> None:
     for use in (
         lambda: pool.delete_device(9),
         lambda: pool.open_device(9, 512),
-        lambda: list(pool.mappings(9)),
     ):
         with pytest.raises(errors.DeviceNotFoundError, match="9"):
             use()

@@ -9,7 +9,7 @@ static struct metadata_reader open_image(struct image *im)
 	struct metadata_reader r;
 
 	image_write(im);
-	CHECK_EQ(metadata_reader_open(&r, im->path), 0);
+	CHECK_EQ(metadata_reader_open(&r, im->path, false), 0);
 	return r;
 }
 
@@ -18,7 +18,7 @@ static void expect_refusal(struct image *im, int err, const char *message)
 	struct metadata_reader r;
 
 	image_write(im);
-	CHECK_EQ(metadata_reader_open(&r, im->path), err);
+	CHECK_EQ(metadata_reader_open(&r, im->path, false), err);
 	CHECK(strstr(bs_last_error(), message));
 	CHECK(strncmp(bs_last_error(), im->path, strlen(im->path)) == 0);
 	metadata_reader_deinit(&r);
@@ -48,7 +48,7 @@ static void absent_file_leaves_nothing_to_free(void)
 {
 	struct metadata_reader r;
 
-	CHECK_EQ(metadata_reader_open(&r, "/nonexistent/metadata"), -ENOENT);
+	CHECK_EQ(metadata_reader_open(&r, "/nonexistent/metadata", false), -ENOENT);
 	metadata_reader_deinit(&r);
 }
 

@@ -156,10 +156,10 @@ static void run_all_walks(const char *path, int null)
 	struct bs_usage usage[2];
 
 	bs_metadata_check(path, null, &result);
-	bs_metadata_dump(path, null);
-	bs_metadata_delta(path, 1, 2, null);
-	bs_metadata_delta_ranges(path, 2, 5, 101, ranges, 4);
-	bs_metadata_usage(path, usage, 2);
+	bs_metadata_dump(path, 0, null);
+	bs_metadata_delta(path, 0, 1, 2, null);
+	bs_metadata_delta_ranges(path, 0, 2, 5, 101, ranges, 4);
+	bs_metadata_usage(path, 0, usage, 2);
 }
 
 static void no_content_breaks_a_walk(void)

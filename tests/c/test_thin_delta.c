@@ -9,7 +9,7 @@ static void text_has_same_and_different_ranges(void)
 	int fd = memfd_create("delta", MFD_CLOEXEC);
 
 	image_write(im);
-	CHECK_EQ(bs_metadata_delta(im->path, 1, 2, fd), 0);
+	CHECK_EQ(bs_metadata_delta(im->path, 0, 1, 2, fd), 0);
 	char *text = text_of(fd);
 	CHECK(strcmp(text, "<superblock uuid=\"\" time=\"3\" transaction=\"9\" data_block_size=\"128\" "
 			   "nr_data_blocks=\"400\">\n"
@@ -28,12 +28,12 @@ static void ranges_leave_out_what_is_the_same(void)
 	struct bs_delta_range ranges[8];
 
 	image_write(im);
-	CHECK_EQ(bs_metadata_delta_ranges(im->path, 1, 2, 0, ranges, 8), 1);
+	CHECK_EQ(bs_metadata_delta_ranges(im->path, 0, 1, 2, 0, ranges, 8), 1);
 	CHECK_EQ(ranges[0].thin_begin, 100);
 	CHECK_EQ(ranges[0].length, 100);
 	CHECK_EQ(ranges[0].kind, BS_DELTA_DIFFERENT);
-	CHECK_EQ(bs_metadata_delta_ranges(im->path, 1, 3, 0, ranges, 8), 0);
-	CHECK_EQ(bs_metadata_delta_ranges(im->path, 5, 6, 0, ranges, 8), 0);
+	CHECK_EQ(bs_metadata_delta_ranges(im->path, 0, 1, 3, 0, ranges, 8), 0);
+	CHECK_EQ(bs_metadata_delta_ranges(im->path, 0, 5, 6, 0, ranges, 8), 0);
 	image_destroy(im);
 }
 
@@ -43,18 +43,18 @@ static void ranges_go_on_where_the_last_call_ended(void)
 	struct bs_delta_range one;
 
 	image_write(im);
-	CHECK_EQ(bs_metadata_delta_ranges(im->path, 1, 5, 0, &one, 1), 1);
+	CHECK_EQ(bs_metadata_delta_ranges(im->path, 0, 1, 5, 0, &one, 1), 1);
 	CHECK_EQ(one.thin_begin, 0);
 	CHECK_EQ(one.length, 100);
 	CHECK_EQ(one.kind, BS_DELTA_LEFT_ONLY);
-	CHECK_EQ(bs_metadata_delta_ranges(im->path, 1, 5, 100, &one, 1), 1);
+	CHECK_EQ(bs_metadata_delta_ranges(im->path, 0, 1, 5, 100, &one, 1), 1);
 	CHECK_EQ(one.thin_begin, 103);
 	CHECK_EQ(one.length, 97);
-	CHECK_EQ(bs_metadata_delta_ranges(im->path, 5, 1, 150, &one, 1), 1);
+	CHECK_EQ(bs_metadata_delta_ranges(im->path, 0, 5, 1, 150, &one, 1), 1);
 	CHECK_EQ(one.thin_begin, 150);
 	CHECK_EQ(one.length, 50);
 	CHECK_EQ(one.kind, BS_DELTA_RIGHT_ONLY);
-	CHECK_EQ(bs_metadata_delta_ranges(im->path, 1, 5, 200, &one, 1), 0);
+	CHECK_EQ(bs_metadata_delta_ranges(im->path, 0, 1, 5, 200, &one, 1), 0);
 	image_destroy(im);
 }
 
@@ -66,8 +66,8 @@ static void shared_subtrees_are_not_read(void)
 
 	im->blocks[leaf_a].node.flags = le32_of(0);
 	image_write(im);
-	CHECK_EQ(bs_metadata_delta_ranges(im->path, 1, 2, 0, ranges, 8), 1);
-	CHECK_EQ(bs_metadata_delta_ranges(im->path, 1, 5, 0, ranges, 8), -EILSEQ);
+	CHECK_EQ(bs_metadata_delta_ranges(im->path, 0, 1, 2, 0, ranges, 8), 1);
+	CHECK_EQ(bs_metadata_delta_ranges(im->path, 0, 1, 5, 0, ranges, 8), -EILSEQ);
 	image_destroy(im);
 }
 
@@ -77,7 +77,7 @@ static void absent_device_is_named(void)
 	struct bs_delta_range one;
 
 	image_write(im);
-	CHECK_EQ(bs_metadata_delta_ranges(im->path, 1, 7, 0, &one, 1), -ENODATA);
+	CHECK_EQ(bs_metadata_delta_ranges(im->path, 0, 1, 7, 0, &one, 1), -ENODATA);
 	CHECK(strstr(bs_last_error(), "there is no thin device 7"));
 	image_destroy(im);
 }

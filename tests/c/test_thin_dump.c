@@ -16,7 +16,7 @@ static void runs_cross_leaves_and_end_where_time_changes(void)
 	int fd = memfd_create("dump", MFD_CLOEXEC);
 
 	image_write(im);
-	CHECK_EQ(bs_metadata_dump(im->path, fd), 0);
+	CHECK_EQ(bs_metadata_dump(im->path, 0, fd), 0);
 	char *text = text_of(fd);
 	CHECK(strncmp(text, SUPERBLOCK, strlen(SUPERBLOCK)) == 0);
 	CHECK(strstr(text,
@@ -44,7 +44,7 @@ static void closed_pipe_is_an_error_and_raises_no_signal(void)
 	CHECK_EQ(pipe(ends), 0);
 	close(ends[0]);
 	CHECK(signal(SIGPIPE, SIG_DFL) != SIG_ERR);
-	CHECK_EQ(bs_metadata_dump(im->path, ends[1]), -EPIPE);
+	CHECK_EQ(bs_metadata_dump(im->path, 0, ends[1]), -EPIPE);
 	CHECK(strstr(bs_last_error(), "Broken pipe"));
 	sigpending(&pending);
 	CHECK(!sigismember(&pending, SIGPIPE));
@@ -60,7 +60,7 @@ static void ids_that_differ_in_the_two_trees_are_refused(void)
 
 	im->blocks[top].node.keys[5] = le64_of(99);
 	image_write(im);
-	CHECK_EQ(bs_metadata_dump(im->path, null), -EILSEQ);
+	CHECK_EQ(bs_metadata_dump(im->path, 0, null), -EILSEQ);
 	CHECK(strstr(bs_last_error(), "thin device 6 has details but no mapping tree"));
 	close(null);
 	image_destroy(im);

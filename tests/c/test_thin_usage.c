@@ -11,7 +11,7 @@ static void blocks_that_one_device_reaches_are_exclusive(void)
 		{200, 0}, {200, 100}, {200, 0}, {200, 0}, {3, 0}, {3, 0}};
 
 	image_write(im);
-	CHECK_EQ(bs_metadata_usage(im->path, usage, IMAGE_DEVICES), IMAGE_DEVICES);
+	CHECK_EQ(bs_metadata_usage(im->path, 0, usage, IMAGE_DEVICES), IMAGE_DEVICES);
 	for (int i = 0; i < IMAGE_DEVICES; i++) {
 		CHECK_EQ(usage[i].id, i + 1);
 		CHECK_EQ(usage[i].mapped_blocks, expected[i][0]);
@@ -26,10 +26,10 @@ static void number_of_devices_is_told_beyond_capacity(void)
 	struct bs_usage usage[2] = {{.id = 0}, {.id = 77}};
 
 	image_write(im);
-	CHECK_EQ(bs_metadata_usage(im->path, usage, 1), IMAGE_DEVICES);
+	CHECK_EQ(bs_metadata_usage(im->path, 0, usage, 1), IMAGE_DEVICES);
 	CHECK_EQ(usage[0].id, 1);
 	CHECK_EQ(usage[1].id, 77);
-	CHECK_EQ(bs_metadata_usage(im->path, NULL, 0), IMAGE_DEVICES);
+	CHECK_EQ(bs_metadata_usage(im->path, 0, NULL, 0), IMAGE_DEVICES);
 	image_destroy(im);
 }
 
@@ -39,7 +39,7 @@ static void mapping_beyond_the_data_device_is_refused(void)
 
 	im->blocks[im->leaf_c].node.keys[252] = le64_of(mapping_pack(IMAGE_DATA_BLOCKS, 1));
 	image_write(im);
-	CHECK_EQ(bs_metadata_usage(im->path, NULL, 0), -EILSEQ);
+	CHECK_EQ(bs_metadata_usage(im->path, 0, NULL, 0), -EILSEQ);
 	CHECK(strstr(bs_last_error(), "thin block 100 is mapped to data block 400 of 400"));
 	image_destroy(im);
 }

@@ -1,4 +1,4 @@
-"""Drivers under test, each with a file system of its own, of the kind that the driver is measured on."""
+"""Pools under test, by either engine; drivers under test, each on a file system of its own kind."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -6,10 +6,45 @@ from pathlib import Path
 import pytest
 
 from blocksnap import drivers, mount
+from blocksnap.device_mapper import Control
+from blocksnap.pool import Pool
 from tests.driver_params import driver_params
 from tests.file_systems import can_mount, fresh_file_system
+from tests.kernel.devices import sweep
 
 OpenDriver = Callable[[], drivers.Driver]
+
+
+# ---- pools
+
+
+@pytest.fixture(params=["user", pytest.param("kernel", marks=pytest.mark.kernel)])
+def engine(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def nothing_left(engine: str) -> Iterator[None]:
+    """Nothing of a pool may stay in the kernel; what a failed test left is swept."""
+    yield
+    if engine == "kernel":
+        with Control.open() as control:
+            assert sweep(control) == []
+        assert [loop.backing_path for loop in mount.loop_devices() if "/pool/" in loop.backing_path] == []
+
+
+@pytest.fixture
+def reopen(tmp_path: Path, engine: str) -> Callable[[], Pool]:
+    return lambda: Pool.open(tmp_path / "pool", engine=engine)
+
+
+@pytest.fixture
+def pool(tmp_path: Path, engine: str, nothing_left: None) -> Iterator[Pool]:  # noqa: ARG001 - it looks last
+    with Pool.create(tmp_path / "pool", size="16M", block_size="64K", engine=engine) as made:
+        yield made
+
+
+# ---- drivers
 
 SIZE = 4 << 30
 

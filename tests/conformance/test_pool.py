@@ -1,51 +1,24 @@
 """What every engine must do, asked through Pool."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from blocksnap import errors
-from blocksnap.device_mapper import Control
-from blocksnap.mount import loop_devices
 from blocksnap.pool import Pool
 from blocksnap.thin_device import ThinDevice
-from tests.kernel.devices import sweep
 
 BLOCK = 64 << 10
 SIZE = 1 << 20
 
 
-@pytest.fixture(params=["user", pytest.param("kernel", marks=pytest.mark.kernel)])
-def engine(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
+pytestmark = pytest.mark.usefixtures("nothing_left")
 
 # What was copied and overwritten only the user engine tells: the kernel has no such figures.
 counts_copies = pytest.mark.parametrize("engine", ["user"], indirect=True)
-
-
-@pytest.fixture(autouse=True)
-def nothing_left(engine: str) -> Iterator[None]:
-    """Nothing of a pool may stay in the kernel; what a failed test left is swept."""
-    yield
-    if engine == "kernel":
-        with Control.open() as control:
-            assert sweep(control) == []
-        assert [loop.backing_path for loop in loop_devices() if "/pool/" in loop.backing_path] == []
-
-
-@pytest.fixture
-def reopen(tmp_path: Path, engine: str) -> Callable[[], Pool]:
-    return lambda: Pool.open(tmp_path / "pool", engine=engine)
-
-
-@pytest.fixture
-def pool(tmp_path: Path, engine: str) -> Iterator[Pool]:
-    with Pool.create(tmp_path / "pool", size="16M", block_size=BLOCK, engine=engine) as made:
-        yield made
 
 
 def pattern(seed: int, length: int) -> bytes:

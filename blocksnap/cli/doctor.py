@@ -41,6 +41,9 @@ class Ability:
 
 
 _MOUNTING = ("compiled core", "root", "/dev/fuse", "loop devices")
+_QEMU = ("qemu-storage-daemon", "qemu-img")
+_REFLINK = ("root", "loop devices", "mkfs.xfs", "xfs")
+_BTRFS = ("root", "loop devices", "mkfs.btrfs", "btrfs")
 _MAPPING = ("compiled core", "root", "loop devices", "mkfs.ext4", "ext4")
 
 ABILITIES = (
@@ -51,8 +54,15 @@ ABILITIES = (
         "driver thin without root", ("compiled core", "/dev/fuse", "fusermount3", "fuse2fs", "mkfs.ext4")
     ),
     Ability("driver overlay", ("root", "overlayfs")),
+    Ability("driver unionfs, with and without root", ("/dev/fuse", "fuse-overlayfs", "fusermount3")),
+    Ability("driver aufs", ("root", "aufs")),
+    Ability("driver btrfs", ("root", "btrfs")),
     Ability("driver vfs", ()),
-    Ability("compare: every driver, the disk's own counter", (*_MOUNTING, "mkfs.ext4", "ext4", "overlayfs")),
+    Ability("driver qcow2", (*_MOUNTING, *_QEMU, "mkfs.ext4", "ext4")),
+    Ability(
+        "compare: every driver, the disk's own counter",
+        (*_MOUNTING, "mkfs.ext4", "ext4", "overlayfs", "fuse-overlayfs", *_BTRFS, *_REFLINK, *_QEMU),
+    ),
     Ability("tests of pools", ("e2fsck", "thin_check", "thin_dump", "thin_delta")),
     Ability("tests of images", ("root", "skopeo", "umoci", "mmdebstrap")),
     Ability("kernel engine", ("root", "thin-pool target", "loop devices")),
@@ -60,12 +70,18 @@ ABILITIES = (
     Ability("driver dm-snapshot", (*_MAPPING, "snapshot target")),
 )
 
+_FILE_SYSTEMS = (("overlayfs", "overlay"), ("ext4", "ext4"), ("xfs", "xfs"), ("btrfs", "btrfs"))
+
 # The program, the argument that makes it print its version, the Debian package.
 _TOOLS = (
     ("mkfs.ext4", "-V", "e2fsprogs"),
     ("e2fsck", "-V", "e2fsprogs"),
     ("mkfs.xfs", "-V", "xfsprogs"),
+    ("mkfs.btrfs", "-V", "btrfs-progs"),
     ("fuse2fs", "-V", "fuse2fs"),
+    ("fuse-overlayfs", "--version", "fuse-overlayfs"),
+    ("qemu-storage-daemon", "--version", "qemu-system-common"),
+    ("qemu-img", "--version", "qemu-utils"),
     ("fusermount3", "--version", "fuse3"),
     ("thin_check", "--version", "thin-provisioning-tools"),
     ("thin_dump", "--version", "thin-provisioning-tools"),
@@ -107,7 +123,8 @@ def examine() -> list[Part]:
         _root(),
         _device("/dev/fuse", "/dev/fuse", "modprobe fuse; in a container: --device /dev/fuse"),
         _device("loop devices", "/dev/loop-control", "modprobe loop; in a container: --privileged"),
-        *(_file_system(*names) for names in (("overlayfs", "overlay"), ("ext4", "ext4"), ("xfs", "xfs"))),
+        *(_file_system(*names) for names in _FILE_SYSTEMS),
+        _file_system("aufs", "aufs", get="a kernel built with it; overlay is its mainline successor"),
         _device(
             "device-mapper", "/dev/mapper/control", "modprobe dm-thin-pool (CONFIG_DM_THIN_PROVISIONING)"
         ),
@@ -188,8 +205,8 @@ def _target(kind: str, module: str) -> Part:
     return Part(name, present=True, detail=version, get=get)
 
 
-def _file_system(name: str, kernel_name: str) -> Part:
-    get = f"modprobe {kernel_name}"
+def _file_system(name: str, kernel_name: str, *, get: str | None = None) -> Part:
+    get = get or f"modprobe {kernel_name}"
     if kernel_name in Path("/proc/filesystems").read_text().split():
         return Part(name, present=True, detail="in /proc/filesystems", get=get)
     module = _output(["modprobe", "-n", "-v", kernel_name])

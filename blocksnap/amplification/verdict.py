@@ -10,6 +10,7 @@ from .result import BASELINE, Comparison, Measurement
 __all__ = ["format_bytes", "format_ratio", "format_seconds", "verdict"]
 
 _NOISE = 0.05  # what two runs of the same easily differ by
+_FILE_LEVEL = frozenset(("overlay", "unionfs", "aufs", "vfs"))  # copy whole files
 
 
 def format_ratio(value: float) -> str:
@@ -100,22 +101,31 @@ def _volume_clause(comparison: Comparison) -> str:
 
 
 def _block_size_sentence(rows: Sequence[Measurement]) -> str:
-    """Say at which block sizes the block-level driver beats the best file-level one."""
-    blocks = [row for row in rows if row.target.block_size is not None]
-    files = [row for row in rows if row.target.block_size is None]
-    if not blocks or not files:
+    """Say at which block sizes each block-level driver beats the best driver that copies whole files."""
+    rivals = [row for row in rows if row.target.driver.partition("@")[0] in _FILE_LEVEL]
+    sized: dict[str, list[Measurement]] = {}
+    for row in rows:
+        if row.target.block_size is not None:
+            sized.setdefault(row.target.driver, []).append(row)
+    if not rivals or not sized:
         return ""
-    rival = files[0]
+    most = max(len(found) for found in sized.values())
+    swept = {driver: found for driver, found in sized.items() if len(found) == most}
+    return " ".join(
+        f"Block-level copy-on-write{f' by {driver}' if len(swept) > 1 else ''} writes"
+        f" {_relations(found, rivals[0])}."
+        for driver, found in swept.items()
+    )
+
+
+def _relations(blocks: Sequence[Measurement], rival: Measurement) -> str:
     at: dict[str, list[int]] = {"less than": [], "about as much as": [], "more than": []}
     for row in blocks:
         at[_relation(row, rival)].append(row.target.block_size or 0)
-    parts = [
-        f"{relation} {rival.target.driver} at {_sizes(sizes)}" for relation, sizes in at.items() if sizes
-    ]
-    if len(parts) == 1:
-        (relation,) = (relation for relation, sizes in at.items() if sizes)
-        parts = [f"{relation} {rival.target.driver} at every block size measured"]
-    return f"Block-level copy-on-write writes {_join(parts)}."
+    found = {relation: sizes for relation, sizes in at.items() if sizes}
+    if len(found) == 1:
+        return f"{next(iter(found))} {rival.target.driver} at every block size measured"
+    return _join(f"{relation} {rival.target.driver} at {_sizes(sizes)}" for relation, sizes in found.items())
 
 
 def _relation(row: Measurement, rival: Measurement) -> str:

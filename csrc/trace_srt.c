@@ -56,7 +56,8 @@ int bs_trace_srt(const void *data, size_t length, uint32_t sector_size, bool ord
 			continue;
 		uint64_t time = w[SECONDS] * 1000000000ull + w[MICROSECONDS] * 1000ull;
 		if (ordered && time < ret->clock)
-			return bs_fail(-EBADMSG, "time %u.%06u is before that of the record before",
+			return bs_fail(-EBADMSG,
+				"time %u.%06u is before that of the record before: sort the trace (--sort)",
 				w[SECONDS], w[MICROSECONDS]);
 		ret->clock = time;
 		out[ret->count++] = (struct bs_request){

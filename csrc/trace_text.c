@@ -376,7 +376,8 @@ static int read_origin(struct bs_trace_parser *parser, const struct span *fields
 	if (!err && host)
 		r->device |= host << 16;
 	if (!err && l->ordered && r->time < parser->clock)
-		return refuse("time", fields[l->time], "is before that of the record before");
+		return refuse("time", fields[l->time],
+			"is before that of the record before: sort the trace (--sort)");
 	return err;
 }
 

@@ -102,7 +102,8 @@ static int request_of(struct record_v1 r, int version, uint64_t clock, struct bs
 		return bs_fail(-EBADMSG, "time %llu is absurd: beyond 64 bits of nanoseconds",
 			(unsigned long long)r.time);
 	if (ret->time < clock)
-		return bs_fail(-EBADMSG, "time %llu is before that of the record before",
+		return bs_fail(-EBADMSG,
+			"time %llu is before that of the record before: sort the trace (--sort)",
 			(unsigned long long)r.time);
 	ret->offset = r.sector * SECTOR;
 	ret->length = r.length;

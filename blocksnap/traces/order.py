@@ -1,6 +1,7 @@
 """Requests in the order of their times: of one file that is nearly so, and of several files merged."""
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -22,19 +23,42 @@ def sorted_within(
     for batch in batches:
         held.append(batch)
         if sum(map(len, held)) >= 2 * window:
-            requests = _sorted(held)
-            yield output.accept(requests[:-window])
-            held = [requests[-window:]]
-    if held:
-        yield output.accept(_sorted(held))
+            ready, held = _split(_in_order(held), window)
+            yield from map(output.accept, ready)
+    yield from map(output.accept, _in_order(held))
+
+
+def _in_order(batches: list[Requests]) -> list[Requests]:
+    """Return the arrays themselves if their requests are in order, else one that is sorted."""
+    filled = [batch for batch in batches if len(batch)]
+    follows = all(a["time"][-1] <= b["time"][0] for a, b in pairwise(filled))
+    if follows and all(map(_is_sorted, filled)):
+        return filled
+    return [_sorted(filled)]
+
+
+def _split(batches: list[Requests], kept: int) -> tuple[list[Requests], list[Requests]]:
+    """Return arrays with all but the last `kept` requests, and those."""
+    ready: list[Requests] = []
+    left = sum(map(len, batches)) - kept
+    for number, batch in enumerate(batches):
+        if len(batch) > left:
+            return [*ready, batch[:left]], [batch[left:], *batches[number + 1 :]]
+        ready.append(batch)
+        left -= len(batch)
+    return ready, []
+
+
+def _is_sorted(requests: Requests) -> bool:
+    times = requests["time"]
+    return bool((times[1:] >= times[:-1]).all())
 
 
 def _sorted(batches: Sequence[Requests]) -> Requests:
     requests = np.concatenate(batches)
-    times = requests["time"]
-    if (times[1:] >= times[:-1]).all():
+    if _is_sorted(requests):
         return requests
-    return requests[np.argsort(times, kind="stable")]
+    return requests[np.argsort(requests["time"], kind="stable")]
 
 
 class _Ordered:

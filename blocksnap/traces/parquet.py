@@ -24,7 +24,7 @@ _SENTENCES = {
     "length": "its length is missing, negative or absurd",
     "end": "its offset is absurd: no device has 2^63 bytes",
     "time": "its time is missing, negative or absurd",
-    "order": "its time is before that of the record before",
+    "order": "its time is before that of the record before: sort the trace (--sort)",
 }
 
 

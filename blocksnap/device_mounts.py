@@ -18,7 +18,7 @@ from pathlib import Path
 from . import mount
 from .engines import EngineDevice
 from .errors import ArgumentError, BlocksnapError, BusyError, NeedsCheckError
-from .file_system import Fuse2fs, make_file_system, may_mount
+from .file_system import Fuse2fs, grow_ext4, make_file_system, may_mount
 from .mount_users import mount_users
 from .pool import Pool
 from .shown_devices import MountSource, shown_devices
@@ -173,6 +173,14 @@ class DeviceMounts:
             if kind == "xfs":  # mkfs.xfs wants to know a device's geometry
                 path = Path(self._attach(path, handle, stack).path)
             make_file_system(path, kind)
+
+    def grow_ext4(self, name: str) -> None:
+        """Let the ext4 on a device that is not mounted take all of it."""
+        device = self._device(name)
+        with device.lock, ExitStack() as stack:
+            if device.active is not None:
+                raise BusyError(f'thin device "{name}" is mounted: unmount it first')
+            grow_ext4(self._show(name, stack)[1])
 
     @contextmanager
     def frozen(self, name: str, timeout: float) -> Iterator[None]:

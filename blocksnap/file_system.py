@@ -91,8 +91,9 @@ def _run(command: list[str], *, good: tuple[int, ...] = (0,)) -> None:
 
 def grow_ext4(path: str | os.PathLike[str]) -> None:
     """Let an ext4 that is not mounted take all of its device or file, which has grown."""
-    _run([_program("e2fsck"), "-f", "-p", os.fspath(path)], good=(0, 1))  # what resize2fs insists on
-    _run([_program("resize2fs"), os.fspath(path)])
+    # A whole check would make a lost+found anew.
+    _run([_program("e2fsck"), "-y", "-E", "journal_only", os.fspath(path)], good=(0, 1))
+    _run([_program("resize2fs"), "-f", os.fspath(path)])
 
 
 def grow_xfs(mounted: str | os.PathLike[str], size: int) -> None:

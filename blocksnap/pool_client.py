@@ -189,6 +189,10 @@ class PoolClient:
         """Make an empty file system on a device: all that was on it is lost."""
         self.ask("make_file_system", name=_name(device), kind=kind)
 
+    def grow_ext4(self, device: RemoteDevice | str) -> None:
+        """Let the ext4 on a device that has grown, and is not mounted, take all of it."""
+        self.ask("grow_ext4", name=_name(device))
+
     def figures(self, device: RemoteDevice | str) -> dict[str, Any] | None:
         """Return the bytes that the pool wrote since a device was made, None if it is older than the server.
 

@@ -174,6 +174,9 @@ class PoolService:
     def make_file_system(self, name: str, kind: str) -> None:
         self._mounts.make_file_system(name, kind)
 
+    def grow_ext4(self, name: str) -> None:
+        self._mounts.grow_ext4(name)
+
     # ---- figures
 
     def figures(self, name: str) -> dict[str, Any] | None:

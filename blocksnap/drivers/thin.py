@@ -16,8 +16,14 @@ from pathlib import Path
 from typing import ClassVar
 
 from .. import mount, pool_client
-from ..errors import ArgumentError, BlocksnapError, BusyError, DeviceNotFoundError
-from ..file_system import FILE_SYSTEMS, find_program, may_mount
+from ..errors import (
+    ArgumentError,
+    BlocksnapError,
+    BusyError,
+    DeviceExistsError,
+    DeviceNotFoundError,
+)
+from ..file_system import FILE_SYSTEMS, find_program, grow_xfs, may_mount
 from ..metadata import DELTA_LEFT_ONLY
 from ..pool import Pool
 from ..pool_client import PoolClient
@@ -214,7 +220,47 @@ class ThinDriver(Driver):
         self._snapshot(parent or _BASE, id, parent)
 
     def _snapshot(self, origin: str, id: str, parent: str | None) -> None:
-        self._pool().device(origin).snapshot(id, labels={_PARENT: parent or ""})
+        device = self._pool().device(origin)
+        labels = {_PARENT: parent or ""}
+        try:
+            device.snapshot(id, labels=labels)
+        except DeviceExistsError:
+            self._pool().device(id).delete()  # no layer: left by a killed _create_limited
+            device.snapshot(id, labels=labels)
+
+    def _create_limited(self, id: str, parent: str | None, *, writable: bool, size: int) -> None:  # noqa: ARG002
+        """Make a device, grow it and the file system on it; only then does its label make it a layer."""
+        if parent is None:
+            self._make_base()
+        least = self._pool().device(parent or _BASE).size
+        if size < least:
+            raise ArgumentError(
+                f'layer "{id}" begins with {least} bytes and cannot be limited to {size}: take more'
+            )
+        with suppress(DeviceNotFoundError):
+            self._pool().device(id).delete()
+        device = self._pool().device(parent or _BASE).snapshot(id)
+        try:
+            device.resize(size)
+            self._grow_file_system(device)
+            device.set_labels({_PARENT: parent or ""})
+        except BaseException:
+            with suppress(BlocksnapError):
+                device.delete()
+            raise
+
+    def _grow_file_system(self, device: RemoteDevice) -> None:
+        pool = self._pool()
+        if pool.device(_BASE).labels[_FILE_SYSTEM] != "xfs":
+            pool.grow_ext4(device)
+            return
+        target = self._mounts / device.name
+        target.mkdir(mode=0o700, exist_ok=True)
+        try:
+            pool.mount(device.name, target)
+            grow_xfs(target, device.size)
+        finally:
+            self._unmount(device.name)
 
     def _remove(self, id: str) -> None:
         self._pool().device(id).delete()

@@ -65,7 +65,8 @@ C_LAYERS = [
     {"map_cache"},
     {"engine"},
     {"dm_reply"},
-    {"fuse_export", "mount", "loop", "confined", "dm_ioctl", "cow_model", "trace_text", "trace_blktrace", "trace_vscsi", "trace_srt"},
+    {"fuse_export", "mount", "loop", "confined", "dm_ioctl"},
+    {"cow_model", "trace_text", "trace_blktrace", "trace_vscsi", "trace_srt"},
 ]
 # One concept in several files, with a header of their own between them.
 C_PARTS = {

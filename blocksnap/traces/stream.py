@@ -16,6 +16,7 @@ from ..errors import system_errors
 __all__ = ["ByteStream", "Ending", "Window"]
 
 _PIECE = 1 << 16
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _DAMAGED = (zlib.error, zstandard.ZstdError, lzma.LZMAError, OSError, EOFError)
 
 
@@ -63,6 +64,11 @@ class ByteStream:
         self.size = status.st_size if stat.S_ISREG(status.st_mode) else None
         self.compression: str | None = None
         self._pieces: Iterator[bytes] | None = None
+        self._decompress()
+        if self.peek(len(_BYTE_ORDER_MARK)) == _BYTE_ORDER_MARK:
+            self._head = self._head[len(_BYTE_ORDER_MARK) :]
+
+    def _decompress(self) -> None:
         for magic, compression, make in _COMPRESSIONS:
             if self._head.startswith(magic):
                 self.compression = compression

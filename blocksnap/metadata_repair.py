@@ -32,7 +32,7 @@ class LostDevice(NamedTuple):
 
 
 class LostBlocks(NamedTuple):
-    """Thin blocks first to last of a device that are lost if they were mapped.
+    """A device lost mappings between thin blocks first and last: what is not mapped there now may have been.
 
     Without a device id they are the ids of devices that are not known.
     """

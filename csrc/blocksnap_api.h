@@ -198,7 +198,7 @@ struct bs_repair_result {
  * dropped. Each line on fd has fields separated by tabs, "-" for none:
  *   device  ID  MAPPINGS  BEFORE  -        a device of the new pool, and what its details said
  *   gone    ID  -         BEFORE  WHY      a device of which nothing is left
- *   lost    ID  BEGIN     LAST    WHY      thin blocks of a device (no ID: ids of devices) that may have been mapped
+ *   lost    ID  BEGIN     LAST    WHY      mappings between these thin blocks (no ID: devices between these ids)
  *   changed ID  -         -       WHAT
  * -EOPNOTSUPP for features that this version does not know, -EINVAL if an option is needed, -ENOSPC if output is
  * too small, -EILSEQ if there is nothing to save. */

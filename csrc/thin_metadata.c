@@ -172,7 +172,8 @@ static int check_superblock(struct io *io, const struct disk_superblock *sb)
 	int r = block_verify(sb, 0, &(struct bm_validator){"superblock", SUPERBLOCK_SALT, NULL});
 	if (r < 0)
 		return r;
-	if (le32_get(sb->version) != SUPERBLOCK_VERSION ||
+	/* thin_restore writes version 1 when its input names none; the layout is the same. */
+	if (le32_get(sb->version) == 0 || le32_get(sb->version) > SUPERBLOCK_VERSION ||
 		le32_get(sb->metadata_block_size) != METADATA_BLOCK_SECTORS)
 		return bs_fail(-EMEDIUMTYPE,
 			"%s: version %u with metadata blocks of %u sectors is not supported", io->name,

@@ -235,6 +235,21 @@ static void add_entries(struct repair *r, enum node_role role, const struct disk
 	}
 }
 
+/* A node of ids is lost. While its devices are known from the other tree they are told one by one. */
+static void tell_unread(struct repair *r, enum node_role role, uint64_t low, uint64_t high)
+{
+	bool others_unread = role == NODE_TOP_LEVEL && r->unread > 0;
+
+	r->unread++;
+	if (!r->out)
+		return;
+	if (others_unread)
+		repair_tell_lost(r, NO_DEVICE, low, high, "%s", bs_last_error());
+	else
+		repair_tell_changed(r, NO_DEVICE, "%s tree, devices %" PRIu64 "..%" PRIu64 ": %s",
+			role == NODE_DETAILS ? "details" : "top-level", low, high, bs_last_error());
+}
+
 static bool read_ids(
 	struct repair *r, enum node_role role, uint64_t block, int depth, uint64_t low, uint64_t high)
 {
@@ -244,8 +259,7 @@ static bool read_ids(
 	if (r->error || (r->trying && r->visits++ > 64 * r->r.nr_blocks))
 		return false;
 	if (repair_load(r, block, role, value_size, depth, node)) {
-		if (depth > 0)
-			repair_tell_lost(r, NO_DEVICE, low, high, "%s", bs_last_error());
+		tell_unread(r, role, low, high);
 		return false;
 	}
 	if (!r->trying)
@@ -274,7 +288,7 @@ void repair_forget(struct repair *r)
 {
 	memset(r->nodes, 0, r->r.nr_blocks * sizeof(*r->nodes));
 	r->nr_devices = 0;
-	r->result.losses = 0;
+	r->unread = 0;
 }
 
 static int compare_devices(const void *left, const void *right)
@@ -481,9 +495,12 @@ static int read_devices(struct repair *r)
 	struct text_output *out = r->out;
 
 	r->out = NULL;
-	/* A try, for what else may be in the way of reading them. */
+	/* A try: a root below which nothing can be read is none. */
 	bool details = r->details_root && repair_read_details(r, r->details_root);
+	details &= r->nr_devices > 0 || r->unread == 0;
+	r->nr_devices = 0;
 	bool roots = r->mapping_root && repair_read_top_level(r, r->mapping_root);
+	roots &= r->nr_devices > 0 || r->unread == 0;
 	repair_forget(r);
 	r->out = out;
 	if (!details || !roots || !r->trusted) {

@@ -65,6 +65,7 @@ struct repair {
 	bool time_known; /* and its time is possible */
 	bool trying;     /* roots are being tried: nothing is told, nodes of ids are not remembered */
 	uint64_t visits; /* of nodes of ids while trying */
+	uint64_t unread; /* nodes of ids that could not be read */
 	int error;       /* out of memory */
 	uint64_t details_root, mapping_root; /* 0: none */
 	struct node_info *nodes;             /* one a block */

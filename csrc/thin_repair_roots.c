@@ -212,8 +212,8 @@ static void look_at_details(struct search *s, struct candidate *c)
 {
 	struct repair *r = s->r;
 
-	r->result.losses = 0;
-	c->whole = repair_read_details(r, c->block) && r->result.losses == 0;
+	r->unread = 0;
+	c->whole = repair_read_details(r, c->block) && r->unread == 0;
 	c->nr = r->nr_devices;
 	for (size_t i = 0; i < r->nr_devices; i++) {
 		const struct disk_device_details *details = &r->devices[i].details;
@@ -233,8 +233,8 @@ static void look_at_top_level(struct search *s, struct candidate *c)
 {
 	struct repair *r = s->r;
 
-	r->result.losses = 0;
-	c->whole = repair_read_top_level(r, c->block) && r->result.losses == 0;
+	r->unread = 0;
+	c->whole = repair_read_top_level(r, c->block) && r->unread == 0;
 	c->nr = r->nr_devices;
 	for (size_t i = 0; i < r->nr_devices; i++) {
 		const struct node_info *info = repair_assess(r, NOBODY, r->devices[i].root, 0);

@@ -108,12 +108,13 @@ static void assess_leaf(
 		info->state = entries.nr < NODE_MINIMUM ? NODE_LOOSE : NODE_FINE;
 }
 
-/* Take in what was found out about a child; high: the last key that it may have. */
-static void add_child(struct node_info *info, const struct node_info *child, uint64_t high)
+/* Take in what was found out about a child. Children fit together by the keys that they have; what the parent says
+ * of them does not count, since the new parent takes their first keys. */
+static void add_child(struct node_info *info, const struct node_info *child)
 {
 	bool first = info->entries == 0;
 
-	info->fits &= child->state == NODE_FINE && child->last_key <= high;
+	info->fits &= child->state == NODE_FINE;
 	info->fits &= first || (child->height + 1 == info->height && child->first_key > info->last_key);
 	if (first) {
 		info->height = child->height + 1;
@@ -137,7 +138,7 @@ static void assess_children(
 		const struct node_info *child = repair_assess(r, device, node_value64(node, i), depth + 1);
 
 		if (child && child->entries > 0) {
-			add_child(info, child, repair_high(node, i, UINT64_MAX));
+			add_child(info, child);
 			kept++;
 		} else {
 			info->lossy |= !child || child->lossy;

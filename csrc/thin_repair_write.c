@@ -165,27 +165,37 @@ static int put_mapping(struct builder *b, uint64_t key, uint64_t packed)
 	return put(b, 0, key, packed);
 }
 
-/* Mappings of a leaf one by one; those that are not above the last one, or above high, cannot be looked up. */
-static int put_mappings(struct builder *b, uint64_t block, const struct disk_node *leaf, uint64_t high)
+/* The place of a node below its parent: thin blocks low to high are its own by the parent's keys; none above bound
+ * can be, by what the next node holds. */
+struct range {
+	uint64_t low, high, bound;
+};
+
+static const struct range whole_range = {0, UINT64_MAX, UINT64_MAX};
+
+/* Mappings of a leaf one by one; those that are not above the last one, or above the bound, belong to others. */
+static int put_mappings(
+	struct builder *b, uint64_t block, const struct disk_node *leaf, const struct range *range)
 {
 	struct leaf_entries entries;
-	uint64_t first_lost = 0, last_lost = 0, lost = 0;
+	uint64_t first = range->low, last = range->high, lost = 0;
 	int err = 0;
 
 	repair_leaf_entries(b->r, leaf, &entries);
 	for (uint32_t i = 0; !err && i < entries.nr; i++) {
 		uint64_t key = entries.keys[i];
 
-		if ((!b->any || key > b->last_key) && key <= high) {
+		if ((!b->any || key > b->last_key) && key <= range->bound) {
 			err = put_mapping(b, key, entries.packed[i]);
 			continue;
 		}
-		first_lost = lost++ ? first_lost : key;
-		last_lost = key;
+		lost++;
+		first = key < first ? key : first;
+		last = key > last ? key : last;
 	}
 	if (lost > 0)
-		repair_tell_lost(b->r, b->id, first_lost, last_lost,
-			"%" PRIu64 " of the mappings in block %" PRIu64 " lie outside its range", lost,
+		repair_tell_lost(b->r, b->id, first, last,
+			"%" PRIu64 " of the mappings in block %" PRIu64 " lie outside its place", lost,
 			block);
 	return err;
 }
@@ -199,7 +209,7 @@ static int put_leaf(struct builder *b, uint64_t block, int depth, const struct n
 
 	if (l->nr > 0 && l->nr < NODE_MINIMUM) {
 		err = repair_load(b->r, block, NODE_MAPPING, sizeof(uint64_t), depth, node);
-		return err ? err : put_mappings(b, block, node, UINT64_MAX);
+		return err ? err : put_mappings(b, block, node, &whole_range);
 	}
 	err = l->nr > 0 ? put_rest_in_parent(b, 0) : put_leaf_in_parent(b);
 	if (!err)
@@ -212,7 +222,25 @@ static int put_leaf(struct builder *b, uint64_t block, int depth, const struct n
 	return err;
 }
 
-static int put_tree(struct builder *b, uint64_t block, int depth, uint64_t high)
+/* Where child i has its place: up to the next one that is left, by its own first key or by the parent's. */
+static struct range range_of(
+	struct repair *r, const struct disk_node *node, uint32_t i, int depth, const struct range *parent)
+{
+	struct range range = {node_key(node, i), repair_high(node, i, parent->high), parent->bound};
+
+	for (uint32_t k = i + 1; k < node_nr(node); k++) {
+		const struct node_info *next = usable(r, node_value64(node, k), depth + 1);
+
+		if (!next)
+			continue;
+		uint64_t key = node_key(node, k) > next->first_key ? node_key(node, k) : next->first_key;
+		range.bound = key > 0 && key - 1 < range.bound ? key - 1 : range.bound;
+		break;
+	}
+	return range;
+}
+
+static int put_tree(struct builder *b, uint64_t block, int depth, const struct range *range)
 {
 	struct repair *r = b->r;
 	struct disk_node *node = &r->path[depth];
@@ -221,24 +249,25 @@ static int put_tree(struct builder *b, uint64_t block, int depth, uint64_t high)
 	if (err)
 		return err;
 	if (node_is_leaf(node))
-		return put_mappings(b, block, node, high);
+		return put_mappings(b, block, node, range);
 	r->path_blocks[depth] = block;
 	for (uint32_t i = 0; !err && i < node_nr(node); i++) {
-		uint64_t child = node_value64(node, i), bound = repair_high(node, i, high);
+		uint64_t child = node_value64(node, i);
 		const struct node_info *info = usable(r, child, depth + 1);
 
 		if (!info)
 			continue;
+		struct range place = range_of(r, node, i, depth, range);
 		/* Only nodes made to deceive are met this often. */
 		if (++b->visits > 2 * r->r.nr_blocks) {
-			repair_tell_lost(r, b->id, node_key(node, i), bound, "the tree is a tangle");
+			repair_tell_lost(r, b->id, place.low, place.high, "the tree is a tangle");
 			return 0;
 		}
-		if (info->state == NODE_FINE && info->height == 0 && info->last_key <= bound &&
+		if (info->state == NODE_FINE && info->height == 0 && info->last_key <= place.bound &&
 			(!b->any || info->first_key > b->last_key))
 			err = put_leaf(b, child, depth + 1, info);
 		else
-			err = put_tree(b, child, depth + 1, bound);
+			err = put_tree(b, child, depth + 1, &place);
 	}
 	return err;
 }
@@ -305,7 +334,7 @@ static int build_tree(struct repair *r, uint64_t id, uint64_t root, uint64_t *re
 		return bs_fail(-ENOMEM, "out of memory");
 	b->r = r;
 	b->id = id;
-	int err = put_tree(b, root, 0, UINT64_MAX);
+	int err = put_tree(b, root, 0, &whole_range);
 	if (!err)
 		err = finish(b, ret);
 	*ret_mappings = b->mappings;

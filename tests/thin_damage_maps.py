@@ -1,10 +1,9 @@
-"""Damage to the space maps and to a held metadata snapshot."""
+"""Damage to the space maps and to a held metadata snapshot, and what writers are known to leave there."""
 
 from collections.abc import Callable
 
 from tests.thin_damage import (
     ACCEPTED,
-    CLEAN,
     DATA_MAP,
     DETAILS_ROOT,
     KINDS,
@@ -12,175 +11,297 @@ from tests.thin_damage import (
     METADATA_MAP,
     REFUSED,
     Damage,
+    Place,
+    Verdict,
     damage,
-    data_bitmap,
-    entry_with,
-    field,
-    metadata_bitmap,
-    set_raw,
-    shared_leaf,
 )
-from tests.thin_image import ENTRIES_PER_BITMAP, Image
+from tests.thin_image import ENTRIES_PER_BITMAP
 
 __all__: list[str] = []
 
-# ---- space maps
+LEGAL, WARN, REPAIR, LOSS, REFUSE = Verdict
+FREE, ONE, TWO, MORE = 0, 2, 1, 3
+
+# ---- counts
 
 
-def _raw_entry(
-    name: str,
-    which: Callable[[Image], int],
-    old: int,
-    new: int,
-    finding: str,
-    accepted: bool | None,
-    *,
-    alone: bool = True,
+def _count(
+    name: str, which: str, old: int, new: int, finding: str, accepted: bool | None, *, alone: bool = True
 ) -> None:
-    """Add a kind in which the first entry with one raw value gets another."""
+    """Add a kind in which an entry of a bitmap with one raw value gets another."""
 
-    def apply(image: Image) -> None:
-        bitmap = which(image)
-        set_raw(image, bitmap, entry_with(image, bitmap, old), new)
+    def apply(place: Place) -> None:
+        data = which == "data"
+        bitmap = place.data_bitmap() if data else place.metadata_bitmap()
+        blocks = place.base.pool.nr_data_blocks if data else len(place.image.blocks)
+        place.set_raw(bitmap, place.entry_with(bitmap, old, blocks), new)
 
-    KINDS.append(Damage(name, apply, finding, accepted, alone=alone))
+    KINDS.append(Damage(name, apply, REPAIR, finding, accepted, alone=alone))
 
 
-_raw_entry("data_count_zero", data_bitmap, 2, 0, "fatal: count 0, expected 1", ACCEPTED)
-_raw_entry("data_count_low", data_bitmap, 1, 2, "fatal: count 1, expected 2", ACCEPTED)
-_raw_entry("data_count_high", data_bitmap, 2, 1, "leak: count 2, expected 1", ACCEPTED)
-_raw_entry("data_block_leaked", data_bitmap, 0, 2, "leak: count 1, expected 0", ACCEPTED)
-_raw_entry("data_overflow_missing", data_bitmap, 0, 3, "fatal: but no overflow entry", None)
-_raw_entry(
-    "data_overflow_superfluous", data_bitmap, 3, 1, "fatal: bitmap entry says less than 3", None, alone=False
+_count("data_count_zero", "data", ONE, FREE, "fatal: count 0, expected 1", ACCEPTED)
+_count("data_count_low", "data", TWO, ONE, "fatal: count 1, expected 2", ACCEPTED)
+_count("data_count_high", "data", ONE, TWO, "leak: count 2, expected 1", ACCEPTED)
+_count("data_block_leaked", "data", FREE, ONE, "leak: count 1, expected 0", ACCEPTED)
+_count("data_overflow_missing", "data", FREE, MORE, "fatal: but no overflow entry", None)
+_count("data_overflow_needed", "data", ONE, MORE, "fatal: but no overflow entry", None)
+_count(
+    "data_overflow_superfluous", "data", MORE, TWO, "fatal: bitmap entry says less than 3", None, alone=False
 )
-_raw_entry("metadata_count_zero", metadata_bitmap, 2, 0, "fatal: count 0, expected 1", REFUSED)
-_raw_entry("metadata_count_high", metadata_bitmap, 2, 1, "leak: count 2, expected 1", REFUSED)
-_raw_entry("metadata_block_leaked", metadata_bitmap, 0, 2, "leak: count 1, expected 0", REFUSED)
-_raw_entry("metadata_overflow_missing", metadata_bitmap, 0, 3, "fatal: but no overflow entry", REFUSED)
+_count("metadata_count_zero", "metadata", ONE, FREE, "fatal: count 0, expected 1", REFUSED)
+_count("metadata_count_low", "metadata", TWO, ONE, "fatal: count 1, expected 2", REFUSED)
+_count("metadata_count_high", "metadata", ONE, TWO, "leak: count 2, expected 1", REFUSED)
+_count("metadata_block_leaked", "metadata", FREE, ONE, "leak: count 1, expected 0", REFUSED)
+_count("metadata_overflow_missing", "metadata", FREE, MORE, "fatal: but no overflow entry", REFUSED)
+_count(
+    "metadata_overflow_superfluous",
+    "metadata",
+    MORE,
+    TWO,
+    "fatal: bitmap entry says less than 3",
+    None,
+    alone=False,
+)
 
 
-@damage(r"leak: data blocks \d+..\d+: count 1, expected 0", ACCEPTED)
-def run_of_data_blocks_leaked(image: Image) -> None:
-    bitmap = data_bitmap(image)
-    last = image.get(0, DATA_MAP, "Q") - 1
-    for entry in range(last - 50, last):
-        set_raw(image, bitmap, entry, 2)
+@damage(REPAIR, r"leak: data blocks \d+..\d+: count 1, expected 0", ACCEPTED)
+def run_of_data_blocks_leaked(place: Place) -> None:
+    bitmap = place.data_bitmap()
+    last = place.base.pool.nr_data_blocks - 1
+    for entry in range(last - place.rng.randrange(2, 500), last):
+        place.set_raw(bitmap, entry, ONE)
+
+
+@damage(REPAIR, "fatal: count 0, expected", ACCEPTED, alone=False)
+def all_data_blocks_free(place: Place) -> None:
+    # As the tables of a pool look whose space map was never written.
+    place.image.blocks[place.data_bitmap(), 16:] = 0
+
+
+def _overflow_leaf(place: Place, map_root: int) -> int:
+    return int(place.rng.choice(place.image.leaves(place.get(0, map_root + 24, "Q"))))
 
 
 def _overflow_value(
     name: str, map_root: int, change: int | None, finding: str, accepted: bool | None
 ) -> None:
-    def apply(image: Image) -> None:
-        block = image.leaves(image.get(0, map_root + 24, "Q"))[0]
-        offset = image.value_offset(block, 0, 4)
-        image.put(block, offset, "I", 2 if change is None else image.get(block, offset, "I") + change)
+    def apply(place: Place) -> None:
+        block = _overflow_leaf(place, map_root)
+        offset = place.image.value_offset(block, place.entry(block), 4)
+        if change is None:
+            place.put(block, offset, "I", place.rng.randrange(3))
+        else:
+            place.put(
+                block, offset, "I", place.get(block, offset, "I") + change * place.rng.randrange(1, 1000)
+            )
 
-    KINDS.append(Damage(name, apply, finding, accepted, alone=change is not None))
+    KINDS.append(Damage(name, apply, REPAIR, finding, accepted, alone=change is not None))
 
 
 _overflow_value("data_overflow_high", DATA_MAP, 1, "leak: expected", ACCEPTED)
 _overflow_value("data_overflow_small", DATA_MAP, None, "fatal: overflow entries have 3 or more", ACCEPTED)
 _overflow_value("metadata_overflow_high", METADATA_MAP, 1, "leak: expected", REFUSED)
-_overflow_value("metadata_overflow_low", METADATA_MAP, -1, "fatal: expected", REFUSED)
+_overflow_value(
+    "metadata_overflow_small", METADATA_MAP, None, "fatal: overflow entries have 3 or more", REFUSED
+)
 
 
-def _index_entry(name: str, offset: int, form: str, value: int, finding: str, accepted: bool | None) -> None:
-    def apply(image: Image) -> None:
-        image.put(image.get(0, METADATA_MAP + 16, "Q"), 16 + offset, form, value)
-
-    KINDS.append(Damage(name, apply, finding, accepted))
-
-
-_index_entry("nr_free_wrong", 8, "I", 1, "warning: nr_free is 1, expected", ACCEPTED)
-_index_entry("none_free_before_high", 12, "I", 16320, "warning: none_free_before is 16320", ACCEPTED)
-_index_entry("none_free_before_low", 12, "I", 0, CLEAN, ACCEPTED)
-_index_entry("metadata_bitmap_beyond", 0, "Q", 5000, "fatal: pointer to block 5000", None)
-_index_entry("extra_index_entry", 16, "Q", 5, "warning: entries behind the last bitmap", ACCEPTED)
+@damage(REPAIR, "fatal: but no overflow entry", None, alone=False)
+def overflow_entry_of_another_block(place: Place) -> None:
+    block = place.image.leaves(place.get(0, DATA_MAP + 24, "Q"))[-1]
+    at = 32 + 8 * (place.entries(block) - 1)
+    place.put(block, at, "Q", place.get(block, at, "Q") + place.rng.randrange(1, 100))
 
 
-@damage("warning: entries behind the last block are not zero", ACCEPTED)
-def bits_beyond_the_end(image: Image) -> None:
-    set_raw(image, data_bitmap(image), ENTRIES_PER_BITMAP - 1, 2)
+@damage(REPAIR, r"fatal: counts of data blocks that the map of \d+ does not have", None, alone=False)
+def overflow_entry_beyond(place: Place) -> None:
+    block = place.image.leaves(place.get(0, DATA_MAP + 24, "Q"))[-1]
+    place.put(block, 32 + 8 * (place.entries(block) - 1), "Q", place.rng.randrange(1 << 20, 1 << 64))
 
 
-@damage("fatal: metadata space map, bitmap 0: node .*: checksum", None, sealed=False)
-def metadata_bitmap_checksum(image: Image) -> None:
-    image.put(metadata_bitmap(image), 0, "I", 1)
+@damage(REPAIR, "fatal: data space map, overflow tree.*: node .*: checksum", None, sealed=False, alone=False)
+def data_overflow_checksum(place: Place) -> None:
+    place.image.blocks[_overflow_leaf(place, DATA_MAP), place.rng.randrange(4096)] ^= 1
 
 
-@damage("fatal: data space map, bitmap 0: node .* says that it is block 9", None)
-def data_bitmap_of_another_place(image: Image) -> None:
-    image.put(data_bitmap(image), 8, "Q", 9)
+# ---- index entries and hints
 
 
-@damage("fatal: metadata space map, index block .*: checksum", REFUSED, sealed=False)
-def metadata_index_checksum(image: Image) -> None:
-    image.put(image.get(0, METADATA_MAP + 16, "Q"), 0, "I", 1)
+def _index_entry(
+    name: str,
+    offset: int,
+    form: str,
+    values: list[int],
+    verdict: Verdict,
+    finding: str,
+    accepted: bool | None,
+) -> None:
+    def apply(place: Place) -> None:
+        place.put(place.metadata_index(), 16 + offset, form, place.rng.choice(values))
+
+    KINDS.append(Damage(name, apply, verdict, finding, accepted))
 
 
-@damage("fatal: data space map, index: no entries for bitmaps 0..0", ACCEPTED, alone=False)
-def index_entry_of_another_bitmap(image: Image) -> None:
-    index = image.get(0, DATA_MAP + 16, "Q")
-    image.put(index, 32, "Q", 7)
+_index_entry(
+    "nr_free_wrong", 8, "I", [0, 1, 16320, 1 << 31], WARN, "warning: nr_free is .*, expected", ACCEPTED
+)
+_index_entry(
+    "none_free_before_high", 12, "I", [16319, 16320, 1 << 31], WARN, "warning: none_free_before is", ACCEPTED
+)
+_index_entry("none_free_before_low", 12, "I", [0, 1, 2, 3], LEGAL, "", ACCEPTED)
+_index_entry(
+    "metadata_bitmap_beyond",
+    0,
+    "Q",
+    [0, 5000, 1 << 40],
+    REPAIR,
+    "fatal: pointer to block .* is outside",
+    None,
+)
 
 
-@damage("fatal: in use as metadata bitmap already", None)
-def one_bitmap_for_both_maps(image: Image) -> None:
-    index = image.get(0, DATA_MAP + 16, "Q")
-    image.put(index, image.value_offset(index, 0, 16), "Q", metadata_bitmap(image))
+@damage(WARN, "warning: nr_free is", ACCEPTED)
+def nr_free_of_the_last_bitmap_as_thin_restore_writes_it(place: Place) -> None:
+    index = place.get(0, DATA_MAP + 16, "Q")
+    at = place.image.value_offset(index, 0, 16) + 8
+    beyond = ENTRIES_PER_BITMAP - place.base.pool.nr_data_blocks
+    place.put(index, at, "I", place.get(index, at, "I") - beyond)
+
+
+@damage(WARN, "warning: entries behind the last bitmap", ACCEPTED)
+def garbage_in_unused_index_entries(place: Place) -> None:
+    place.put(
+        place.metadata_index(), 32 + 16 * place.rng.randrange(254), "Q", place.rng.randrange(1, 1 << 64)
+    )
+
+
+@damage(WARN, "warning: padding is", ACCEPTED)
+def padding_of_bitmap_and_index(place: Place) -> None:
+    place.put(place.data_bitmap(), 4, "I", place.rng.randrange(1, 1 << 32))
+
+
+@damage(WARN, "warning: entries behind the last block are not zero", ACCEPTED)
+def bits_beyond_the_end(place: Place) -> None:
+    first = place.base.pool.nr_data_blocks
+    place.set_raw(
+        place.data_bitmap(), place.rng.randrange(first, ENTRIES_PER_BITMAP), place.rng.randrange(1, 4)
+    )
+
+
+# ---- blocks of the maps
+
+
+@damage(REPAIR, "fatal: metadata space map, bitmap 0: node .*: checksum", None, sealed=False)
+def metadata_bitmap_checksum(place: Place) -> None:
+    place.image.blocks[place.metadata_bitmap(), place.rng.randrange(4096)] ^= 1
+
+
+@damage(REPAIR, "fatal: data space map, bitmap 0: node .*: checksum", None, sealed=False)
+def data_bitmap_checksum(place: Place) -> None:
+    place.image.blocks[place.data_bitmap(), place.rng.randrange(4096)] ^= 1
+
+
+@damage(REPAIR, "fatal: data space map, bitmap 0: node .* says that it is block", None)
+def data_bitmap_of_another_place(place: Place) -> None:
+    bitmap = place.data_bitmap()
+    place.put(bitmap, 8, "Q", bitmap ^ 1 << place.rng.randrange(64))
+
+
+@damage(REPAIR, "fatal: metadata space map, index block .*: checksum", REFUSED, sealed=False)
+def metadata_index_checksum(place: Place) -> None:
+    place.image.blocks[place.metadata_index(), place.rng.randrange(4096)] ^= 1
+
+
+@damage(REPAIR, "fatal: metadata space map, index block .*: block .* says that it is block", None)
+def metadata_index_of_another_place(place: Place) -> None:
+    index = place.metadata_index()
+    place.put(index, 8, "Q", index ^ 1 << place.rng.randrange(64))
+
+
+@damage(REPAIR, "fatal: data space map, index: no entries for bitmaps 0..0", ACCEPTED, alone=False)
+def index_entry_of_another_bitmap(place: Place) -> None:
+    index = place.get(0, DATA_MAP + 16, "Q")
+    place.put(index, 32, "Q", place.rng.randrange(1, 1 << 64))
+
+
+@damage(REPAIR, "fatal: in use as metadata bitmap already", None)
+def one_bitmap_for_both_maps(place: Place) -> None:
+    index = place.get(0, DATA_MAP + 16, "Q")
+    place.put(index, place.image.value_offset(index, 0, 16), "Q", place.metadata_bitmap())
 
 
 # ---- held metadata snapshot
 
 
-def _hold(image: Image) -> int:
+def _hold(place: Place) -> int:
     """Reserve a metadata snapshot as the kernel does; return the copy's block."""
-    copy, bitmap = 1000, metadata_bitmap(image)
-    image.blocks[copy] = image.blocks[0]
-    image.kinds[copy] = "superblock"
-    image.put(copy, 8, "Q", copy)
-    image.blocks[copy, DATA_MAP : METADATA_MAP + 128] = 0
-    image.put(0, 56, "Q", copy)
-    set_raw(image, bitmap, copy, 2)
+    copy = place.unused_block()
+    place.image.blocks[copy] = place.image.blocks[0]
+    place.node(copy, "superblock")
+    place.image.blocks[copy, DATA_MAP : METADATA_MAP + 128] = 0
+    place.put(0, 56, "Q", copy)
+    place.count_one_more(copy)
     for root in (MAPPING_ROOT, DETAILS_ROOT):
-        set_raw(image, bitmap, image.get(0, root, "Q"), 1)
-    image.put(0, METADATA_MAP + 8, "Q", image.get(0, METADATA_MAP + 8, "Q") + 1)
-    index = image.get(0, METADATA_MAP + 16, "Q")
-    image.put(index, 24, "I", image.get(index, 24, "I") - 1)
+        place.set_raw(place.metadata_bitmap(), place.get(0, root, "Q"), TWO)
     return copy
 
 
-@damage(CLEAN, None)
-def held_snapshot(image: Image) -> None:
-    _hold(image)
+@damage(LEGAL)
+def held_snapshot(place: Place) -> None:
+    _hold(place)
 
 
-@damage("fatal: metadata snapshot: node 1000: it is no copy of a superblock", None)
-def held_copy_of_another_place(image: Image) -> None:
-    image.put(_hold(image), 8, "Q", 0)
+def _held(
+    name: str, verdict: Verdict, finding: str, change: Callable[[Place, int], None], *, alone: bool = True
+) -> None:
+    def apply(place: Place) -> None:
+        change(place, _hold(place))
+
+    KINDS.append(Damage(name, apply, verdict, finding, None, alone=alone))
 
 
-@damage("fatal: it holds another one at block 1000", None)
-def held_copy_that_holds_itself(image: Image) -> None:
-    image.put(_hold(image), 56, "Q", 1000)
+_held(
+    "held_copy_of_another_place",
+    REPAIR,
+    r"fatal: metadata snapshot: node \d+: it is no copy of a superblock",
+    lambda place, copy: place.put(copy, 8, "Q", copy ^ 1 << place.rng.randrange(64)),
+)
+_held(
+    "held_copy_that_holds_itself",
+    REPAIR,
+    r"fatal: it holds another one at block \d+",
+    lambda place, copy: place.put(copy, 56, "Q", copy),
+)
+_held(
+    "held_copy_with_space_maps",
+    WARN,
+    "warning: space map roots are not zero",
+    lambda place, copy: place.put(copy, DATA_MAP, "Q", place.rng.randrange(1, 1 << 64)),
+)
+_held(
+    "held_copy_with_roots_exchanged",
+    REPAIR,
+    "fatal: metadata snapshot, details tree: node .* in use as node of the top-level tree already",
+    lambda place, copy: place.put(copy, DETAILS_ROOT, "Q", place.get(0, MAPPING_ROOT, "Q")),
+)
+_held(
+    "held_copy_with_a_root_beyond",
+    REPAIR,
+    "fatal: metadata snapshot, top-level tree: node .*: pointer to block .* is outside",
+    lambda place, copy: place.put(copy, MAPPING_ROOT, "Q", place.rng.randrange(1 << 13, 1 << 64)),
+)
 
 
-@damage("warning: space map roots are not zero", None)
-def held_copy_with_space_maps(image: Image) -> None:
-    image.put(_hold(image), DATA_MAP, "Q", 1)
+@damage(REPAIR, "fatal: metadata snapshot: pointer to block")
+def held_root_beyond(place: Place) -> None:
+    place.put(0, 56, "Q", place.rng.randrange(1 << 13, 1 << 64))
 
 
-@damage("fatal: metadata snapshot, details tree: node .* in use as node of the top-level tree already", None)
-def held_copy_with_roots_exchanged(image: Image) -> None:
-    copy = _hold(image)
-    image.put(copy, DETAILS_ROOT, "Q", image.get(0, MAPPING_ROOT, "Q"))
+@damage(REPAIR, "fatal: it is no copy of a superblock", alone=False)
+def held_root_unused(place: Place) -> None:
+    place.put(0, 56, "Q", place.unused_block())
 
 
-field("held_root_beyond", 56, "Q", 1 << 33, "fatal: metadata snapshot: pointer to block", None)
-field("held_root_unused", 56, "Q", 900, "fatal: it is no copy of a superblock", None, alone=False)
-
-
-@damage("fatal: metadata snapshot: block .* is in use as node of a mapping tree already", None)
-def held_root_is_a_node(image: Image) -> None:
-    image.put(0, 56, "Q", shared_leaf(image))
+@damage(REPAIR, "fatal: metadata snapshot: block .* is in use as node of a mapping tree already")
+def held_root_is_a_node(place: Place) -> None:
+    place.put(0, 56, "Q", place.own_leaf().block)

@@ -386,7 +386,7 @@ int bs_dm_cookie_wait(uint32_t cookie, int timeout_ms);
 /* Must follow every bs_dm_cookie_create; a cookie that is gone is accepted. */
 void bs_dm_cookie_destroy(uint32_t cookie);
 
-/* ---- block traces (trace_text.c, trace_blktrace.c, trace_vscsi.c, trace_srt.c) ---- */
+/* ---- block traces (trace_text.c, trace_blktrace.c, trace_vscsi.c, trace_srt.c, trace_names.c) ---- */
 
 /* One request; time in nanoseconds. The same bytes as REQUEST of traces/request.py. */
 struct bs_request {
@@ -436,18 +436,26 @@ struct bs_trace_progress {
 	uint64_t clock;    /* time of the last request of a vscsi or SRT trace */
 };
 
+/* Names of devices and hosts, numbered from 0 in order of appearance; files of one trace share them. */
+struct bs_trace_names;
+
+int bs_trace_names_create(struct bs_trace_names **ret);
+void bs_trace_names_destroy(struct bs_trace_names *names);
+/* Returns the number of a name of 1 to 254 bytes. -ENOSPC beyond 4096 names. */
+int bs_trace_names_number(struct bs_trace_names *names, const char *text, size_t length);
+/* The name of a number, with a NUL; returns its length. -ENODATA: there is none. */
+int bs_trace_names_name(const struct bs_trace_names *names, int number, char *out, int capacity);
+
 struct bs_trace_parser;
 
+/* The names must outlive the parser. */
 int bs_trace_parser_create(const struct bs_trace_layout *layout, const struct bs_trace_word *words,
-	int nr_words, struct bs_trace_parser **ret);
+	int nr_words, struct bs_trace_names *names, struct bs_trace_parser **ret);
 void bs_trace_parser_destroy(struct bs_trace_parser *parser);
 /* Read whole lines until the text ends or no two more requests fit. Fails behind a bad line (-EBADMSG); ret is
  * right then too, and calling again with the rest goes on. */
 int bs_trace_parser_parse(struct bs_trace_parser *parser, const char *text, size_t length,
 	struct bs_request *out, size_t capacity, struct bs_trace_progress *ret);
-/* The name that stands for a device or host number of this parser, with a NUL; returns its length. -ENODATA:
- * there is none. */
-int bs_trace_parser_name(const struct bs_trace_parser *parser, int number, char *out, int capacity);
 
 /* Read whole records of a blktrace file, requests from events of one action (1 queue, 7 issue, 8 complete).
  * -EBADMSG behind a bad record; -EUCLEAN if no record can be found here. */

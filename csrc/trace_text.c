@@ -9,7 +9,7 @@
  * 2. After a bad line the parser stands behind it: calling again goes on with the next one.
  * 3. Nothing of a line reaches the output before all of it was accepted. Ends of requests stay below 2^63,
  *    reads and writes below 4 GiB, as the block layer's own do.
- * 4. Names of devices and hosts are numbered from 0 in order of appearance, names of numbers keep theirs.
+ * 4. Devices that have numbers keep them, others are numbered by trace_names.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -17,11 +17,9 @@
 
 #include "blocksnap.h"
 #include "error.h"
+#include "trace_names.h"
 
 #define FIELDS_MAX 32
-#define NAMES_MAX 4096
-#define NAME_SLOTS (2 * NAMES_MAX)
-#define NAME_LENGTH 255
 #define SHOWN 40 /* characters of a bad field in a message */
 #define LENGTH_MAX UINT32_MAX
 #define END_MAX INT64_MAX
@@ -29,12 +27,6 @@
 struct span {
 	const char *begin;
 	const char *end;
-};
-
-struct name {
-	char text[NAME_LENGTH];
-	uint8_t length; /* 0 in a free slot */
-	uint32_t number;
 };
 
 struct word {
@@ -50,8 +42,7 @@ struct bs_trace_parser {
 	uint64_t clock;
 	uint64_t line;
 	uint64_t record;
-	uint32_t nr_names;
-	struct name names[NAME_SLOTS];
+	struct bs_trace_names *names;
 };
 
 /* At most the first eight characters of a word in lower case: enough to tell operations apart. */
@@ -78,7 +69,7 @@ static int last_field(const struct bs_trace_layout *l)
 }
 
 int bs_trace_parser_create(const struct bs_trace_layout *layout, const struct bs_trace_word *words,
-	int nr_words, struct bs_trace_parser **ret)
+	int nr_words, struct bs_trace_names *names, struct bs_trace_parser **ret)
 {
 	int fields = last_field(layout) + 1;
 
@@ -101,6 +92,7 @@ int bs_trace_parser_create(const struct bs_trace_layout *layout, const struct bs
 	p->words = copy;
 	p->nr_words = nr_words;
 	p->fields = fields;
+	p->names = names;
 	*ret = p;
 	return 0;
 }
@@ -248,36 +240,16 @@ static int read_time(struct span s, uint64_t unit, uint64_t *ret)
 	return 0;
 }
 
-static uint32_t hash_name(struct span s)
-{
-	uint32_t hash = 2166136261u;
-
-	for (const char *p = s.begin; p < s.end; p++)
-		hash = (hash ^ (unsigned char)*p) * 16777619u;
-	return hash;
-}
-
 static int number_of_name(struct bs_trace_parser *parser, struct span s, uint32_t *ret)
 {
-	size_t length = (size_t)(s.end - s.begin);
-
-	if (length == 0 || length >= NAME_LENGTH)
-		return refuse("device", s, "is not a name of 1 to 254 characters");
-	uint32_t slot = hash_name(s) % NAME_SLOTS;
-	struct name *name = &parser->names[slot];
-	while (name->length && (name->length != length || memcmp(name->text, s.begin, length))) {
-		slot = (slot + 1) % NAME_SLOTS;
-		name = &parser->names[slot];
+	switch (trace_names_number(parser->names, s.begin, (size_t)(s.end - s.begin), ret)) {
+	case 0:
+		return 0;
+	case -ENOSPC:
+		return refuse("device", s, "is one name too many: 4096 can be told apart");
+	default:
+		return refuse("device", s, "is not a name of 1 to 254 bytes");
 	}
-	if (!name->length) {
-		if (parser->nr_names == NAMES_MAX)
-			return refuse("device", s, "is one name too many: 4096 can be told apart");
-		memcpy(name->text, s.begin, length);
-		name->length = (uint8_t)length;
-		name->number = parser->nr_names++;
-	}
-	*ret = name->number;
-	return 0;
 }
 
 /* A number, "MAJOR,MINOR", or a name. */
@@ -491,19 +463,4 @@ int bs_trace_parser_parse(struct bs_trace_parser *parser, const char *text, size
 	ret->record = parser->record;
 	ret->line = parser->line;
 	return count < 0 ? count : 0;
-}
-
-int bs_trace_parser_name(const struct bs_trace_parser *parser, int number, char *out, int capacity)
-{
-	for (size_t i = 0; i < NAME_SLOTS; i++) {
-		const struct name *name = &parser->names[i];
-		if (!name->length || name->number != (uint32_t)number)
-			continue;
-		if (name->length >= capacity)
-			return bs_fail(-ERANGE, "the name has %d characters", name->length);
-		memcpy(out, name->text, name->length);
-		out[name->length] = 0;
-		return name->length;
-	}
-	return bs_fail(-ENODATA, "there is no name %d", number);
 }

@@ -64,7 +64,7 @@ C_LAYERS = [
     {"thin_check", "thin_delta", "thin_dump", "thin_ls", "thin_repair", "thin_usage"},
     {"map_cache"},
     {"engine"},
-    {"dm_reply"},
+    {"dm_reply", "trace_names"},
     {"fuse_export", "mount", "loop", "confined", "dm_ioctl"},
     {"cow_model", "trace_text", "trace_blktrace", "trace_vscsi", "trace_srt"},
 ]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blocksnap.errors import TraceError
-from blocksnap.traces import DISCARD, FLUSH, READ, WRITE
+from blocksnap.traces import DISCARD, FLUSH, READ, WRITE, Trace
 from tests.trace_files import TEXTS, Row, read
 
 SECTOR = 512
@@ -105,6 +105,22 @@ def test_hosts_tell_disks_of_one_number_apart(tmp_path: Path) -> None:
         for k, (host, disk) in enumerate([("hm", 0), ("web", 0), ("hm", 1), ("web", 2)])
     ]
     assert read(trace(tmp_path, "".join(lines)))["device"].tolist() == [0, 1 << 16, 1, (1 << 16) + 2]
+
+
+def test_names_of_devices_mean_the_same_in_all_files(tmp_path: Path) -> None:
+    for number, letters in enumerate(["ab", "ba", "cb"]):
+        lines = [f"{k + number} /dev/sd{name} write 0 4096" for k, name in enumerate(letters)]
+        (tmp_path / str(number)).write_text("\n".join(["fio version 3 iolog", *lines, ""]))
+    with Trace(sorted(tmp_path.iterdir())) as trace_:
+        devices = [int(device) for batch in trace_ for device in batch["device"]]
+        names = list(trace_.names)
+    assert [names[device][-1] for device in devices] == ["a", "b", "b", "a", "c", "b"]
+
+
+def test_files_without_times_follow_one_another(tmp_path: Path) -> None:
+    for number in range(2):
+        (tmp_path / str(number)).write_text("".join(f"{number}, {k}, 512\n" for k in range(100)))
+    assert read(*sorted(tmp_path.iterdir()))["kind"].tolist() == [READ] * 100 + [WRITE] * 100
 
 
 def test_iolog_2_takes_its_times_from_waits(tmp_path: Path) -> None:

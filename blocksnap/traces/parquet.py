@@ -9,6 +9,7 @@ import numpy.typing as npt
 from ..errors import NotSupportedError, TraceError
 from .columns import Column, columns_of
 from .complaints import Complaints
+from .names import Names
 from .request import FLUSH, REQUEST, Requests
 from .stream import ByteStream
 
@@ -38,7 +39,12 @@ def polars(purpose: str) -> Any:
 
 
 def read_parquet(
-    stream: ByteStream, complaints: Complaints, *, ordered: bool = True, names: str | None = None
+    stream: ByteStream,
+    devices: Names,
+    complaints: Complaints,
+    *,
+    ordered: bool = True,
+    names: str | None = None,
 ) -> Iterator[Requests]:
     """Yield the requests of a parquet file, a million at a time; `names` replaces the columns' names."""
     pl, path = polars("reading parquet"), stream.name
@@ -52,7 +58,7 @@ def read_parquet(
         raise TraceError(f"{path}: not a whole parquet file: {_first_line(error)}") from None
     columns = columns_of(names.split(",") if names else own_names, path)
     chosen = table.select(_expression(pl, role, columns[role], own_names).alias(role) for role in columns)
-    batches = _Batches(path, complaints, ordered=ordered)
+    batches = _Batches(path, devices, complaints, ordered=ordered)
     for first in range(0, rows, _ROWS):
         try:
             batch = chosen.slice(first, _ROWS).collect()
@@ -98,12 +104,12 @@ def _time(pl: Any, value: Any, column: Column) -> Any:
 class _Batches:
     """Turns tables into requests; keeps what one batch must know of those before."""
 
-    def __init__(self, name: str, complaints: Complaints, *, ordered: bool) -> None:
+    def __init__(self, name: str, devices: Names, complaints: Complaints, *, ordered: bool) -> None:
         self._name = name
         self._complaints = complaints
         self._ordered = ordered
         self._clock = 0
-        self._numbers: dict[str, int] = {}
+        self._device_names = devices
 
     def requests(self, batch: Any, columns: Mapping[str, Column], first: int) -> Requests:
         out = np.zeros(batch.height, REQUEST)
@@ -124,6 +130,8 @@ class _Batches:
             out["time"] = np.where(bad["time"], 0, times)
         if "device" in columns:
             out["device"] = self._devices(batch["device"])
+        if "host" in columns:
+            out["device"] |= self._devices(batch["host"]) << 16
         return self._good(out, bad, first)
 
     def _devices(self, column: Any) -> npt.NDArray[np.uint32]:
@@ -134,7 +142,7 @@ class _Batches:
     def _number(self, name: str) -> int:
         if name.isdecimal() and int(name) < 1 << 32:
             return int(name)
-        return self._numbers.setdefault(name, len(self._numbers))
+        return self._device_names.number(name or "-")
 
     def _good(self, out: Requests, bad: dict[str, npt.NDArray[np.bool_]], first: int) -> Requests:
         any_bad = np.logical_or.reduce(list(bad.values()))

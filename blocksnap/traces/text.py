@@ -6,6 +6,7 @@ from typing import Any
 
 from .._native import check, ffi, lib
 from .complaints import Complaints
+from .names import Names
 from .records import Piece, native_piece, read_records
 from .request import Requests
 from .stream import ByteStream
@@ -53,11 +54,13 @@ class Layout:
 class _Parser:
     """Owns the parser of the C core."""
 
-    def __init__(self, layout: Layout, *, ordered: bool) -> None:
+    def __init__(self, layout: Layout, names: Names, *, ordered: bool) -> None:
         words = [{"text": word.encode()[:8], "kind": kind} for word, kind in layout.words.items()]
         slot = ffi.new("struct bs_trace_parser **")
         native = _native_layout(layout, ordered=ordered)
-        check(lib.bs_trace_parser_create(native, ffi.new("struct bs_trace_word[]", words), len(words), slot))
+        forms = ffi.new("struct bs_trace_word[]", words)
+        check(lib.bs_trace_parser_create(native, forms, len(words), names.handle, slot))
+        self._names = names  # must outlive the handle
         self._handle = ffi.gc(slot[0], lib.bs_trace_parser_destroy)
         self._progress = ffi.new("struct bs_trace_progress *")
         self._skipped = layout.skip
@@ -102,7 +105,7 @@ def _native_layout(layout: Layout, *, ordered: bool) -> Any:
 
 
 def read_text(
-    stream: ByteStream, layout: Layout, complaints: Complaints, *, ordered: bool = True
+    stream: ByteStream, layout: Layout, names: Names, complaints: Complaints, *, ordered: bool = True
 ) -> Iterator[Requests]:
     """Return the requests of a text trace, some ten thousand at a time.
 
@@ -115,7 +118,7 @@ def read_text(
         line = rest.rpartition(b"\n")[2]
         return b"\n" if line and _is_whole(line, first, layout) else b""
 
-    return read_records(stream, _Parser(layout, ordered=ordered).read, complaints, ending=ending)
+    return read_records(stream, _Parser(layout, names, ordered=ordered).read, complaints, ending=ending)
 
 
 def _first_line(head: bytes) -> bytes:

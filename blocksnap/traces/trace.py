@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from itertools import chain
 from types import TracebackType
 
 from ..errors import ArgumentError
@@ -12,6 +13,7 @@ from .blktrace import EVENTS, read_blktrace
 from .columns import layout_of, separator_of
 from .complaints import Complaints
 from .formats import detect, format_named, header_of
+from .names import Names
 from .order import WINDOW, merged, sorted_within
 from .parquet import read_parquet
 from .request import Requests
@@ -58,10 +60,13 @@ class Trace:
     ) -> None:
         if event not in EVENTS:
             raise ArgumentError(f'event "{event}" is unknown: it is one of {", ".join(EVENTS)}')
+        if not paths:
+            raise ArgumentError("no trace: name at least one file")
         if columns is not None and format is None:
             format = "csv"
         options = _Options(format=format and format_named(format), columns=columns, event=event, sort=sort)
         self.complaints = Complaints(keep_going=keep_going)
+        self.names = Names()
         self.has_times = True
         self.files: list[dict[str, object]] = []
         self._device = device
@@ -85,18 +90,19 @@ class Trace:
         elif name == "srt":
             source = read_srt(stream, self.complaints, ordered=ordered)
         elif name == "parquet":
-            source = read_parquet(stream, self.complaints, ordered=ordered, names=options.columns)
+            source = read_parquet(stream, self.names, self.complaints, ordered=ordered, names=options.columns)
         else:
             source = self._text(stream, _layout(stream, name, options), ordered=ordered)
         return source if ordered else sorted_within(source, stream.name, self.complaints, window=self._window)
 
     def _text(self, stream: ByteStream, layout: Layout, *, ordered: bool) -> Iterator[Requests]:
         self.has_times &= layout.has_times
-        return read_text(stream, layout, self.complaints, ordered=ordered)
+        return read_text(stream, layout, self.names, self.complaints, ordered=ordered)
 
     def __iter__(self) -> Iterator[Requests]:
         """Yield the requests, some ten thousand in an array."""
-        requests = merged(self._sources) if len(self._sources) > 1 else self._sources[0]
+        one_by_one = len(self._sources) == 1 or not self.has_times
+        requests = chain.from_iterable(self._sources) if one_by_one else merged(self._sources)
         if self._device is None:
             return requests
         return (batch[batch["device"] == self._device] for batch in requests)

@@ -72,15 +72,40 @@ def test_table_and_verdict_go_to_stdout_and_the_files_to_out(tmp_path: Path) -> 
     )
     assert "overlay" in done.stdout
     assert " wins: " in done.stdout
-    names = [
-        "report.html",
-        "results.csv",
-        "results.json",
-        "write-amplification.png",
-        "write-amplification.svg",
-    ]
-    assert sorted(path.name for path in out.iterdir()) == names
+    names = {path.name for path in out.iterdir()}
+    assert {"report.html", "results.csv", "results.json", "write-amplification.png", "latency.svg"} <= names
     assert all(name in done.stderr for name in names)
+
+
+@needs_root
+def test_several_workloads_repeats_and_snapshots_are_one_result(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    append = "append:large_file_bytes=1M,records=5,small_files=5"
+    arguments = ["--workload", SMALL, "--workload", append, "--drivers", "overlay", "--json"]
+    arguments += ["--repeat", "2", "--snapshots", "1"]
+    done = run("compare", *arguments, "--work-dir", tmp_path, "--out", out)
+    result = json.loads(done.stdout)
+    assert [row["workload"] for row in result["results"]] == ["touch-byte", "append"]
+    assert (result["repeats"], result["snapshots"]) == (2, 1)
+    for row in result["results"]:
+        names = [phase["phase"] for phase in row["phases"]]
+        assert names == ["base image", "first epoch", "after snapshot 1"]
+        assert len(row["runs"]) == 2
+        assert row["spread"]["backing_bytes"]["max"] >= row["backing_bytes"]
+    assert (out / "append-epochs.svg").exists()
+
+
+@needs_root
+def test_baseline_is_compared_with_and_a_result_is_shown_again(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run("compare", "--workload", SMALL, "--drivers", "overlay", "--work-dir", tmp_path, "--out", out)
+    stored = out / "results.json"
+    again = tmp_path / "again"
+    done = run("compare", "--results", stored, "--baseline", stored, "--out", again)
+    assert "against the baseline" in done.stdout
+    assert "+0%" in done.stdout
+    assert "Against the baseline" in (again / "report.html").read_text()
+    assert json.loads((again / "results.json").read_text()) == json.loads(stored.read_text())
 
 
 @needs_root
@@ -110,6 +135,11 @@ def test_failing_command_is_told_and_ends_with_status_one(tmp_path: Path) -> Non
         (["compare", "--drivers", ""], "nothing to compare"),
         (["compare", "--block-sizes", "4Q"], "is not a size"),
         (["compare", "--workload", "append", "--", "true"], "exclude each other"),
+        (["compare", "--workload", "append", "--workload", "append:records=1"], "given twice"),
+        (["compare", "--repeat", "0"], "--repeat"),
+        (["compare", "--baseline", "/nonexistent.json"], "/nonexistent.json: No such file"),
+        (["compare", "--results", "/dev/null"], "/dev/null: not JSON"),
+        (["compare", "--workload", "fio"], "fio:job=PATH"),
         (["compare", "--no-such-option"], "No such option"),
         (["no-such-verb"], "No such command"),
     ],

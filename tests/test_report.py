@@ -1,5 +1,6 @@
 """What people read of a comparison, from figures made up to be checked by hand."""
 
+import base64
 import csv
 import io
 import json
@@ -11,10 +12,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from blocksnap.amplification.latency import Latency, Samples, Steady, latency_of
-from blocksnap.amplification.plot import _LABEL_HEIGHT, _spread, write_plots
+from blocksnap.amplification.baseline import changes, differences
+from blocksnap.amplification.figures import format_bytes, format_ratio, format_seconds
+from blocksnap.amplification.latency import QUANTILES, Latency, Samples, Steady, latency_of
+from blocksnap.amplification.phases import Phase
+from blocksnap.amplification.pictures import write_pictures
+from blocksnap.amplification.plot_labels import spread
+from blocksnap.amplification.raw_data import has_parquet, write_csv
 from blocksnap.amplification.repeats import combined
-from blocksnap.amplification.report import comparison_table, notes, write_csv, write_report
+from blocksnap.amplification.report import write_report
 from blocksnap.amplification.result import (
     PARTS,
     Comparison,
@@ -23,9 +29,16 @@ from blocksnap.amplification.result import (
     Spread,
     Target,
 )
-from blocksnap.amplification.verdict import format_bytes, format_ratio, format_seconds, verdict
+from blocksnap.amplification.study import read_study, study_as_dict
+from blocksnap.amplification.tables import change_texts, comparison_table, notes
+from blocksnap.amplification.verdict import verdict
+from blocksnap.errors import ArgumentError
 
 MIB = 1 << 20
+QUANTILE_NAMES = [f"p{100 * share:g}" for share in QUANTILES]
+
+
+LATENCY = Latency(0.05, 0.001, 0.002, 0.05, Steady(0.001, 0.002, 0.04), dict.fromkeys(QUANTILE_NAMES, 0.001))
 
 
 def row(driver: str, amplification: float, block_size: int | None = None, *, copied: int = 0) -> Measurement:
@@ -44,7 +57,7 @@ def row(driver: str, amplification: float, block_size: int | None = None, *, cop
         seconds=1.5,
         sync_seconds=0.1,
         operations=100,
-        latency=Latency(0.05, 0.001, 0.002, 0.05),
+        latency=LATENCY,
     )
 
 
@@ -55,12 +68,15 @@ def comparison(*rows: Measurement, skipped: tuple[Skipped, ...] = ()) -> Compari
         "large_file_bytes": 0,
         "small_files": 4000,
         "small_file_bytes": 4096,
+        "tree_bytes": 0,
     }
     workload = {
         "name": "sqlite",
         "summary": "random rows of a SQLite database are updated",
         "parameters": {"transactions": 100},
         "command": None,
+        "versions": {},
+        "counted": {"source": "wchar", "inside": "writes", "outside": "names"},
         "base_image": base,
     }
     machine = {"kernel": "6.1", "processor": "<fast & good>", "memory_bytes": 8 << 30, "system": None}
@@ -226,43 +242,170 @@ def test_csv_has_a_line_a_row_with_nested_objects_flattened() -> None:
     assert lines[1]["parts_copied"] == lines[1]["block_size"] == ""
 
 
+PICTURES = ("write-amplification", "space-amplification", "latency")
+
+
 def test_report_writes_all_files_and_results_json_is_the_result(tmp_path: Path) -> None:
     measured = comparison(*THIN, OVERLAY, VFS, VOLUME)
-    written = {path.name for path in write_report(measured, tmp_path / "new" / "out")}
-    assert written == {
-        "results.json",
-        "results.csv",
-        "write-amplification.png",
-        "write-amplification.svg",
-        "report.html",
-    }
+    written = {path.name for path in write_report([measured], tmp_path / "new" / "out")}
+    pictures = {f"{name}.{suffix}" for name in PICTURES for suffix in ("png", "svg")}
+    data = {"results.csv", *(["results.parquet"] if has_parquet() else [])}
+    assert written == {"results.json", "report.html"} | data | pictures
     stored = json.loads((tmp_path / "new" / "out" / "results.json").read_text())
-    assert stored == json.loads(json.dumps(measured.as_dict()))
+    assert stored == json.loads(json.dumps(study_as_dict([measured])))
     assert stored["parts"] == PARTS
 
 
+def test_report_of_several_workloads_has_a_section_and_pictures_for_each(tmp_path: Path) -> None:
+    one, other = comparison(*THIN, OVERLAY), comparison(VFS, VOLUME)
+    other = replace(other, workload={**other.workload, "name": "pgbench"})
+    written = {path.name for path in write_report([one, other], tmp_path)}
+    assert {"sqlite-latency.svg", "pgbench-latency.svg"} <= written
+    page = (tmp_path / "report.html").read_text()
+    assert "<h2>sqlite: Results</h2>" in page
+    assert "<h2>pgbench: Results</h2>" in page
+    stored = json.loads((tmp_path / "results.json").read_text())
+    assert stored["workload"]["name"] == "sqlite"
+    assert [row["workload"] for row in stored["results"]] == ["sqlite"] * 5 + ["pgbench"] * 2
+
+
+def test_study_is_read_back_as_it_was(tmp_path: Path) -> None:
+    runs = [replace(OVERLAY, backing_bytes=n * MIB, phases=phases_of(OVERLAY)) for n in (20, 21, 25)]
+    one = comparison(*THIN, combined(runs), skipped=(Skipped("aufs", "not in this kernel"),))
+    other = comparison(Measurement(target=Target("vfs"), error="disk on fire"))
+    study = [one, replace(other, workload={**other.workload, "name": "pgbench"})]
+    write_report(study, tmp_path)
+    read = read_study(tmp_path / "results.json")
+    assert [made.name for made in read] == ["sqlite", "pgbench"]
+    again = json.loads(json.dumps(study_as_dict(read)))
+    assert again == json.loads((tmp_path / "results.json").read_text())
+    assert verdict(read[0]) == verdict(one)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (None, "No such file"),
+        (b"{", "not JSON, line 1"),
+        (b"\xff\xfe", "not a text"),
+        (b"[]", "not a result of blocksnap compare"),
+        (b"{}", "it has no 'workload'"),
+        (b'{"machine": {}, "workload": {"name": "x"}, "results": [{"driver": "vfs"}]}', "'block_size'"),
+    ],
+)
+def test_file_that_is_no_result_is_one_line(tmp_path: Path, content: bytes | None, complaint: str) -> None:
+    path = tmp_path / "results.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ArgumentError, match=complaint) as refusal:
+        read_study(path)
+    assert str(refusal.value).startswith(str(path))
+    assert "\n" not in str(refusal.value)
+
+
 def test_report_page_is_self_contained_and_escapes_what_it_shows(tmp_path: Path) -> None:
-    write_report(comparison(replace(THIN[0], parts=PARTS_OF_THIN), OVERLAY), tmp_path)
+    written = write_report([comparison(replace(THIN[0], parts=PARTS_OF_THIN), OVERLAY)], tmp_path)
     page = (tmp_path / "report.html").read_text()
     links = re.findall(r"(?:src|href)=[\"']?(?!#)([^\"'\s>]+)", page.replace("xlink:href", "href"))
-    assert links == []
+    files = {link for link in links if not link.startswith("data:")}
+    assert files == {path.name for path in written if path.suffix in (".json", ".csv", ".parquet")}
+    (embedded,) = (link for link in links if link.startswith("data:"))
+    stored = base64.b64decode(embedded.removeprefix("data:application/json;base64,"))
+    assert stored == (tmp_path / "results.json").read_bytes()
     assert "&lt;fast &amp; good&gt;" in page
-    assert page.count("<svg") == 1
+    assert page.count("<svg") == 3
     assert "journal and metadata of the ext4 below the pool" in page
     assert "10.0 %" not in page
     assert "5.6 %" in page  # half a MiB outside of 9
 
 
-def test_plots_are_a_png_and_an_svg_that_names_every_line(tmp_path: Path) -> None:
-    png, svg = write_plots(comparison(*THIN, OVERLAY, VFS, VOLUME), tmp_path)
-    assert png.read_bytes().startswith(b"\x89PNG")
-    text = svg.read_text()
+def phases_of(whole: Measurement) -> tuple[Phase, ...]:
+    first = Phase(
+        name="first epoch",
+        application_bytes=MIB,
+        backing_bytes=whole.backing_bytes,
+        latency=LATENCY,
+        samples=Samples((0.05, 0.001)),
+    )
+    base = Phase(name="base image", backing_bytes=4 * MIB, seconds=1.0)
+    return base, first, replace(first, name="after snapshot 1", backing_bytes=MIB)
+
+
+def test_phases_are_a_table_and_a_picture_when_there_were_snapshots(tmp_path: Path) -> None:
+    rows = [replace(each, phases=phases_of(each)) for each in (OVERLAY, VOLUME)]
+    measured = replace(comparison(*rows), snapshots=1)
+    written = {path.name: path for path in write_report([measured], tmp_path)}
+    assert ">after<" in written["epochs.svg"].read_text().replace("&#10;", "<")
+    page = written["report.html"].read_text()
+    assert page.count("after snapshot 1") == 2
+    lines = list(csv.DictReader(written["phases.csv"].open()))
+    assert [line["phase"] for line in lines] == ["base image", "first epoch", "after snapshot 1"] * 2
+    assert lines[1]["backing_bytes"] == str(20 * MIB)
+    latencies = list(csv.DictReader(written["latencies.csv"].open()))
+    assert len(latencies) == 2 * 2 * 2
+    assert latencies[0] | {"driver": "overlay", "run": "1", "operation": "0"} == latencies[0]
+
+
+@pytest.mark.skipif(not has_parquet(), reason="needs polars")
+def test_parquet_files_hold_what_the_csv_files_hold(tmp_path: Path) -> None:
+    import polars
+
+    write_report([comparison(*THIN, OVERLAY)], tmp_path)
+    frame = polars.read_parquet(tmp_path / "results.parquet")
+    lines = list(csv.DictReader((tmp_path / "results.csv").open()))
+    assert frame.columns == list(lines[0])
+    assert frame["backing_bytes"].to_list() == [int(line["backing_bytes"]) for line in lines]
+    assert frame["block_size"].to_list() == [4096, 16384, 65536, MIB, None]
+
+
+def test_changes_against_a_baseline_are_certain_beyond_the_spread() -> None:
+    before = comparison(*THIN, OVERLAY, VFS)
+    after = comparison(row("thin", 4, 4096), replace(OVERLAY, seconds=1.55), VOLUME)
+    found = {label: each for _, label, each in changes([before], [after])}
+    thin, overlay = found["thin 4K"], found["overlay"]
+    assert not isinstance(thin, str)
+    assert not isinstance(overlay, str)
+    assert change_texts("write_amplification", thin["write_amplification"]) == ("9.00", "4.00 -56%*")
+    assert change_texts("seconds", overlay["seconds"]) == ("1.50s", "1.55s +3%")
+    assert (found["volume"], found["vfs"]) == ("only now", "only in the baseline")
+    old = combined([replace(OVERLAY, backing_bytes=n * MIB) for n in (18, 20, 30)])
+    new = combined([replace(OVERLAY, backing_bytes=n * MIB) for n in (28, 29, 40)])
+    ((_, _, overlapping),) = changes([comparison(old)], [comparison(new)])
+    assert not isinstance(overlapping, str)
+    assert not overlapping["backing_bytes"].certain
+
+
+def test_baseline_page_names_what_is_not_the_same(tmp_path: Path) -> None:
+    before = comparison(*THIN, OVERLAY)
+    after = replace(before, machine={**before.machine, "kernel": "6.18"}, repeats=3)
+    after = replace(after, workload={**after.workload, "parameters": {"transactions": 200}})
+    assert differences([before], [after]) == [
+        "kernel: 6.1 -> 6.18",
+        "workload sqlite: transactions: 100 -> 200",
+        "repeats: 1 -> 3",
+    ]
+    write_report([after], tmp_path, baseline=[before])
+    page = (tmp_path / "report.html").read_text()
+    assert "kernel: 6.1 → 6.18" in page
+    assert "<h2>Against the baseline</h2>" in page
+
+
+def test_pictures_are_png_and_svg_that_name_every_line(tmp_path: Path) -> None:
+    drawn = {each.name: each for each in write_pictures(comparison(*THIN, OVERLAY, VFS, VOLUME), tmp_path)}
+    assert list(drawn) == list(PICTURES)
+    for picture in drawn.values():
+        png, svg = picture.paths
+        assert png.read_bytes().startswith(b"\x89PNG")
+        assert svg.read_text().endswith(picture.svg)
     for name in ("thin", "overlay 20.0", "vfs 40.0", "volume 2.00", "16K", "1M"):
-        assert f">{name}<" in text
+        assert f">{name}<" in drawn["write-amplification"].svg
+    for name in ("thin 16K", "overlay", "volume"):
+        assert f">{name}<" in drawn["space-amplification"].svg
+        assert f">{name}<" in drawn["latency"].svg
 
 
-def test_plot_of_nothing_is_no_file(tmp_path: Path) -> None:
-    assert write_plots(comparison(Measurement(target=Target("vfs"))), tmp_path) == []
+def test_picture_of_nothing_is_no_file(tmp_path: Path) -> None:
+    assert write_pictures(comparison(Measurement(target=Target("vfs"))), tmp_path) == []
     assert list(tmp_path.iterdir()) == []
 
 
@@ -270,9 +413,9 @@ def test_plot_of_nothing_is_no_file(tmp_path: Path) -> None:
     "heights", [[0.5, 0.5, 0.5], [0.0, 0.01, 0.99, 1.0], [0.2], [], [0.97, 0.98, 0.99, 1.0]]
 )
 def test_labels_of_near_lines_do_not_overlap(heights: list[float]) -> None:
-    placed = _spread(heights)
+    placed = spread(heights, 0.058)
     gaps = [upper - lower for lower, upper in pairwise(placed)]
-    assert all(gap >= _LABEL_HEIGHT - 1e-9 for gap in gaps)
+    assert all(gap >= 0.058 - 1e-9 for gap in gaps)
     assert all(height <= 1.0 for height in placed)
 
 

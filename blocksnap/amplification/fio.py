@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Self
 
 from .child_process import WorkloadError, run_program
 from .latency import Samples
-from .workload import Check, Outcome, Workload
+from .workload import Check, Counted, Outcome, Workload
 
 __all__ = ["FioWorkload", "job_text"]
 
@@ -39,6 +39,11 @@ class FioWorkload(Workload):
     """A job file, run by the fio that is installed."""
 
     ROOM: ClassVar[int] = 1024 * _MIB
+    COUNTED: ClassVar[Counted] = Counted(
+        "what fio reports as written (io_bytes), whatever I/O engine wrote it",
+        "every write of the jobs",
+        "laying out the files, which is done in the image; fio's own logs",
+    )
 
     def missing(self) -> str | None:
         return None if shutil.which("fio") else "fio is not installed: apt install fio"

@@ -31,10 +31,7 @@ from .testbed import DEFAULT_WORK_DIR, Testbed, check_space, open_testbed, work_
 from .volume import Volume
 from .workload import Workload
 
-__all__ = ["DEFAULT_BLOCK_SIZES", "DEFAULT_DRIVERS", "compare", "targets_for"]
-
-DEFAULT_DRIVERS = ("thin", "overlay", "vfs", BASELINE)
-DEFAULT_BLOCK_SIZES = (4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20)
+__all__ = ["compare", "targets_for"]
 
 _log = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from ..errors import ArgumentError
 from . import postgres_session
 from .child_process import WorkloadError, run_script
 from .latency import Samples
-from .workload import Check, Outcome, Workload
+from .workload import Check, Counted, Outcome, Workload
 
 __all__ = ["CopyWorkload", "PgbenchWorkload", "PostgresWorkload"]
 
@@ -42,6 +42,12 @@ class PostgresWorkload(Workload):
     """A server on a container, and a client."""
 
     ROOM: ClassVar[int] = 512 * _MIB
+    COUNTED: ClassVar[Counted] = Counted(
+        "what all processes of the server handed to write calls (wchar of /proc/self/io, which includes "
+        "children that were waited for), less its log",
+        "tables, the write-ahead log (new segments are written full of zeros), the shutdown's checkpoint",
+        "the client; fallocate, names, truncation",
+    )
 
     def missing(self) -> str | None:
         version = str(self.parameters["version"])

@@ -14,6 +14,8 @@ from .phases import BASE, Phase
 
 __all__ = [
     "BASELINE",
+    "DEFAULT_BLOCK_SIZES",
+    "DEFAULT_DRIVERS",
     "PARTS",
     "Comparison",
     "Measurement",
@@ -23,6 +25,8 @@ __all__ = [
 ]
 
 BASELINE = "volume"
+DEFAULT_DRIVERS = ("thin", "overlay", "unionfs", "btrfs", "vfs", "xfs-reflink", "qcow2", BASELINE)
+DEFAULT_BLOCK_SIZES = (4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20)
 
 PARTS: dict[str, str] = {
     "data": "written by the file system of the container",
@@ -161,6 +165,7 @@ class Measurement:
 
 _FIGURES = (
     "application_bytes",
+    "changed_bytes",
     "backing_bytes",
     "copy_bytes",
     "metadata_bytes",

@@ -5,48 +5,34 @@ write does.
 from collections.abc import Iterable, Sequence
 
 from ..units import format_size
+from .figures import format_bytes, format_ratio, format_seconds
 from .result import BASELINE, Comparison, Measurement
 
-__all__ = ["format_bytes", "format_ratio", "format_seconds", "verdict"]
+__all__ = ["format_bytes", "format_ratio", "format_seconds", "sentences", "verdict"]
 
 _NOISE = 0.05  # what two runs of the same easily differ by
 _FILE_LEVEL = frozenset(("overlay", "unionfs", "aufs", "vfs"))  # copy whole files
 
 
-def format_ratio(value: float) -> str:
-    """Return three significant digits without an exponent: 1.42, 17.3, 1,240."""
-    if value >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-
-
-def format_bytes(value: int) -> str:
-    """Return a size as people say it: 64 MiB, 7.3 MiB, 512 bytes."""
-    text = format_size(value)
-    return f"{text[:-1]} {text[-1]}iB" if text[-1:].isalpha() else f"{value} byte{'' if value == 1 else 's'}"
-
-
-def format_seconds(value: float, space: str = " ") -> str:
-    """Return a duration with a unit that fits it: 85 ms, 1.24 s, 310 us."""
-    if value >= 1:
-        return f"{value:.2f}{space}s"
-    return f"{value * 1e3:.3g}{space}ms" if value >= 1e-3 else f"{value * 1e6:.0f}{space}us"
-
-
 def verdict(comparison: Comparison) -> str:
+    """Return the conclusion as one paragraph."""
+    return " ".join(sentences(comparison))
+
+
+def sentences(comparison: Comparison) -> list[str]:
     """Return the conclusion from the rows that have a write amplification; the baseline cannot win."""
     rows = sorted(
         (row for row in comparison.measured if row.target.driver != BASELINE),
         key=lambda row: _amplification(row),
     )
     if not rows:
-        return "Nobody wins: no driver has a write amplification here."
-    sentences = [
+        return ["Nobody wins: no driver has a write amplification here."]
+    said = [
         _winner_sentence(rows, comparison),
         _block_size_sentence(rows),
         _first_write_sentence(rows, comparison),
     ]
-    return " ".join(filter(None, sentences))
+    return [sentence for sentence in said if sentence]
 
 
 def _amplification(row: Measurement) -> float:

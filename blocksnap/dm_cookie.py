@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ._native import check, ffi, lib
 
-__all__ = ["Cookie", "left_cookies", "udev_cookie", "udev_runs"]
+__all__ = ["Cookie", "left_cookies", "remove_left_cookies", "udev_cookie", "udev_runs"]
 
 _CONTROL = Path("/run/udev/control")
 _RULES = ("/etc/udev/rules.d", "/run/udev/rules.d", "/usr/local/lib/udev/rules.d", "/usr/lib/udev/rules.d")
@@ -35,6 +35,11 @@ def left_cookies() -> list[int]:
     lines = Path("/proc/sysvipc/sem").read_text().splitlines()[1:]
     keys = [int(line.split()[0]) & 0xFFFFFFFF for line in lines]
     return [key for key in keys if key >> 16 == _KEY_BASE]
+
+
+def remove_left_cookies() -> None:
+    """Remove the semaphores that processes of ours had when they were killed."""
+    lib.bs_dm_cookies_sweep()
 
 
 class Cookie:

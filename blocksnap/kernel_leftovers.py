@@ -1,9 +1,10 @@
-"""Devices that a process which ran a pool in the kernel left there when it was killed."""
+"""Devices and cookies that a process which ran a pool in the kernel left there when it was killed."""
 
 from contextlib import suppress
 from os import PathLike
 
 from .device_mapper import UUID_PREFIX, Control, Device
+from .dm_cookie import remove_left_cookies
 from .errors import BlocksnapError, BusyError, NotSupportedError, PrivilegeError
 from .kernel_backing import identity_of, locked
 from .kernel_device import users_of
@@ -45,6 +46,7 @@ def remove_leftovers(metadata: str | PathLike[str]) -> None:
         control = Control.open()
     except (NotSupportedError, PrivilegeError):
         return
+    remove_left_cookies()
     with control:
         identity = identity_of(metadata)
         if _leftovers(control, identity):

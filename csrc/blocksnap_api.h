@@ -385,6 +385,8 @@ int bs_dm_cookie_create(uint32_t *ret);
 int bs_dm_cookie_wait(uint32_t cookie, int timeout_ms);
 /* Must follow every bs_dm_cookie_create; a cookie that is gone is accepted. */
 void bs_dm_cookie_destroy(uint32_t cookie);
+/* Destroy the cookies whose makers were killed. */
+void bs_dm_cookies_sweep(void);
 
 /* ---- block traces (trace_text.c, trace_blktrace.c, trace_vscsi.c, trace_srt.c, trace_names.c) ---- */
 

@@ -340,6 +340,39 @@ static int find_leaf(
 	return too_deep(root);
 }
 
+static int count_nodes(const struct btree *tree, uint64_t nr, int depth, uint64_t *ret)
+{
+	uint64_t children[508];
+	struct bm_block *b;
+
+	if (depth > BTREE_MAX_DEPTH)
+		return bs_fail(
+			-EUCLEAN, "metadata block %" PRIu64 ": the tree is too deep: run pool check", nr);
+	int r = read_node(tree, nr, &b);
+	if (r < 0)
+		return r;
+	uint32_t n = node_is_leaf(node_of(b)) ? 0 : node_nr(node_of(b));
+	for (uint32_t i = 0; i < n; i++)
+		children[i] = node_child(node_of(b), i);
+	++*ret;
+	uint64_t before = *ret;
+	for (uint32_t i = 0; r == 0 && i < n; i++) {
+		r = count_nodes(tree, children[i], depth + 1, ret);
+		/* The first child is a leaf: so are its siblings. */
+		if (r == 0 && *ret == before + 1) {
+			*ret = before + n;
+			break;
+		}
+	}
+	return r;
+}
+
+int btree_count_nodes(const struct btree *tree, uint64_t root, uint64_t *ret)
+{
+	*ret = 0;
+	return count_nodes(tree, root, 1, ret);
+}
+
 int btree_scan(const struct btree *tree, uint64_t root, uint64_t begin, uint64_t last, uint64_t *ret_keys,
 	void *ret_values, int capacity)
 {

@@ -44,6 +44,8 @@ int btree_delete(const struct btree *tree, uint64_t root);
 /* Entries with begin <= key <= last, ascending, at most capacity; returns their number. */
 int btree_scan(const struct btree *tree, uint64_t root, uint64_t begin, uint64_t last, uint64_t *ret_keys,
 	void *ret_values, int capacity);
+/* The number of a tree's nodes; leaves are not read but the first of each parent. */
+int btree_count_nodes(const struct btree *tree, uint64_t root, uint64_t *ret);
 /* A new node of ascending entries, for trees that are built bottom up (leaf: values are the tree's, else block
  * numbers). What the entries refer to is the caller's to count. */
 int btree_write_node(const struct btree *tree, bool leaf, const uint64_t *keys, const void *values,

@@ -349,11 +349,35 @@ uint64_t ll_available(const struct ll *ll)
 	return ll->committed_free > used ? ll->committed_free - used : 0;
 }
 
+static uint64_t bitmaps_cost(const struct ll *ll)
+{
+	/* A bitmap and, at worst, an index leaf for each. */
+	return ll->nr_touched * 2 + 16;
+}
+
 uint64_t ll_commit_cost(const struct ll *ll)
 {
-	/* A bitmap and, at worst, an index leaf for each; three overflow nodes for each changed large count.
-	 */
-	return ll->nr_touched * 2 + ll->nr_overflow_changes * 3 + 16;
+	/* Three overflow nodes for each changed large count. */
+	return bitmaps_cost(ll) + ll->nr_overflow_changes * 3;
+}
+
+int ll_exact_commit_cost(struct ll *ll, uint64_t *ret)
+{
+	struct btree tree = overflow_tree(ll);
+
+	if (!ll->overflow_nodes) {
+		int r = btree_count_nodes(&tree, ll->committed_overflow, &ll->overflow_nodes);
+		if (r < 0)
+			return r;
+	}
+	/* Each node is shadowed once; a node splits once for what it held, and again for each half of its entries
+	 * that come new. */
+	uint64_t splits = ll->overflow_nodes + ll->nr_overflow_changes / (btree_max_entries(4) / 2);
+	uint64_t overflow = ll->overflow_nodes + splits + BTREE_MAX_DEPTH;
+	if (overflow > ll->nr_overflow_changes * 3)
+		overflow = ll->nr_overflow_changes * 3;
+	*ret = bitmaps_cost(ll) + overflow;
+	return 0;
 }
 
 /* ---- set-up ---- */
@@ -606,6 +630,7 @@ int ll_committed(struct ll *ll)
 	count_map_clear(&ll->pending);
 	memset(ll->touched, 0, ll->nr_bitmaps);
 	ll->nr_taken = ll->nr_freed = ll->nr_touched = ll->nr_overflow_changes = 0;
+	ll->overflow_nodes = 0;
 	ll->cursor_loaded = false;
 	return 0;
 }

@@ -53,6 +53,7 @@ struct ll {
 	uint64_t nr_touched; /* bitmaps with pending blocks: about what a commit will shadow */
 	unsigned char *touched;
 	uint64_t nr_overflow_changes;
+	uint64_t overflow_nodes; /* of the committed overflow tree; 0: not counted yet */
 
 	/* Reserved blocks: handed out but not counted yet. */
 	uint64_t *reserved;
@@ -80,6 +81,8 @@ int ll_extend(struct ll *ll, uint64_t nr_blocks);
 uint64_t ll_available(const struct ll *ll);
 /* Rough upper bound of the metadata blocks that writing the pending changes allocates. */
 uint64_t ll_commit_cost(const struct ll *ll);
+/* The same, a better one, for which the nodes of the overflow tree are counted once a transaction. */
+int ll_exact_commit_cost(struct ll *ll, uint64_t *ret);
 
 /* Take a free block out of circulation without counting it; then ll_take (count 1) or ll_unreserve. Survives
  * commits. */

@@ -296,17 +296,24 @@ void thin_metadata_status(const struct thin_metadata *md, struct thin_metadata_s
 	};
 }
 
-int thin_metadata_room(const struct thin_metadata *md, bool releasing)
+int thin_metadata_room(struct thin_metadata *md, bool releasing)
 {
-	const struct ll *ll = &md->metadata_sm.ll;
+	struct ll *ll = &md->metadata_sm.ll, *data = &md->data_sm.ll;
 	uint64_t reserve = ll->nr_blocks / 10 < MAX_RESERVE ? ll->nr_blocks / 10 : MAX_RESERVE;
-	uint64_t need = OPERATION_ROOM + ll_commit_cost(ll) + ll_commit_cost(&md->data_sm.ll);
+	uint64_t need = OPERATION_ROOM + (releasing ? 0 : reserve), own, datas;
 
-	if (ll_available(ll) < need + (releasing ? 0 : reserve))
-		return bs_fail(-ENOSPC,
-			"the metadata device is full (%" PRIu64 " blocks): run pool extend with a larger one",
-			ll->nr_blocks);
-	return 0;
+	if (ll_available(ll) >= need + ll_commit_cost(ll) + ll_commit_cost(data))
+		return 0;
+	int r = ll_exact_commit_cost(ll, &own);
+	if (r == 0)
+		r = ll_exact_commit_cost(data, &datas);
+	if (r < 0)
+		return r;
+	if (ll_available(ll) >= need + own + datas)
+		return 0;
+	return bs_fail(-ENOSPC,
+		"the metadata device is full (%" PRIu64 " blocks): run pool extend with a larger one",
+		ll->nr_blocks);
 }
 
 static int write_devices(struct thin_metadata *md)

@@ -52,7 +52,7 @@ void thin_metadata_close(struct thin_metadata *md);
 void thin_metadata_status(const struct thin_metadata *md, struct thin_metadata_status *ret);
 /* -ENOSPC when the metadata device has no room for one more change and its commit. A reserve is kept for
  * changes that only give space back (releasing). */
-int thin_metadata_room(const struct thin_metadata *md, bool releasing);
+int thin_metadata_room(struct thin_metadata *md, bool releasing);
 /* ret: bytes written. */
 int thin_metadata_commit(struct thin_metadata *md, uint64_t *ret_bytes);
 /* Back to the committed state, needs_check set there. Devices stay valid, those that are not there any more

@@ -189,6 +189,34 @@ static void test_metadata_full_is_refused_cleanly(void)
 	close_and_check(pool);
 }
 
+/* Blocks that many snapshots share have large counts: a transaction that changes them all fits nevertheless. */
+static void test_deletions_of_much_shared_devices_fit_in_little_metadata(void)
+{
+	struct bs_pool *pool = make_pool(64 * MIB, BLOCK, 0);
+	struct bs_device *device;
+	char buffer[4096] = "z";
+
+	CHECK_EQ(bs_pool_create_device(pool, 0), 0);
+	CHECK_EQ(bs_device_open(pool, 0, 32 * MIB, &device), 0);
+	for (uint64_t at = 0; at < 32 * MIB; at += BLOCK)
+		CHECK_EQ(bs_device_write(device, at, buffer, sizeof(buffer)), sizeof(buffer));
+	bs_device_close(device);
+	for (uint32_t id = 1; id <= 6; id++) {
+		CHECK_EQ(bs_pool_create_snapshot(pool, id, 0), 0);
+		CHECK_EQ(bs_device_open(pool, id, 32 * MIB, &device), 0);
+		/* Each leaf is no longer shared, nearly all of its blocks are. */
+		for (uint64_t at = 0; at < 32 * MIB; at += 64 * BLOCK)
+			CHECK_EQ(bs_device_write(device, at, buffer, sizeof(buffer)), sizeof(buffer));
+		bs_device_close(device);
+	}
+	CHECK_EQ(bs_pool_commit(pool), 0);
+	CHECK_EQ(bs_pool_begin(pool), 0);
+	for (uint32_t id = 1; id <= 6; id++)
+		CHECK_EQ(bs_pool_delete_device(pool, id), 0);
+	CHECK_EQ(bs_pool_end(pool, 0, 1), 0);
+	close_and_check(pool);
+}
+
 static void test_abandoned_pool_shows_its_last_commit(void)
 {
 	struct bs_pool *pool = make_pool(16 * MIB, BLOCK, 0);
@@ -403,6 +431,7 @@ int main(void)
 	RUN(test_second_open_names_the_holder);
 	RUN(test_out_of_space_is_an_error_at_once_and_ends_with_extend);
 	RUN(test_metadata_full_is_refused_cleanly);
+	RUN(test_deletions_of_much_shared_devices_fit_in_little_metadata);
 	RUN(test_abandoned_pool_shows_its_last_commit);
 	RUN(test_random_requests_at_every_block_size);
 	RUN(test_threads_with_snapshots);

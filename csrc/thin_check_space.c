@@ -322,11 +322,11 @@ static void compare_entry(struct comparison *cmp, uint64_t block, uint32_t small
 /* The 32 two-bit entries that the recomputed counts give from block on. */
 static uint64_t expected_word(const struct comparison *cmp, uint64_t block, uint32_t nr)
 {
-	const uint32_t *cells = cmp->c->data.cells + block;
-	const struct block_info *infos = cmp->c->blocks + block;
 	uint64_t word = 0;
 
 	if (cmp->map->bitmap_role == ROLE_DATA_BITMAP) {
+		const uint32_t *cells = cmp->c->data.cells + block;
+
 		for (uint32_t i = 0; i < nr; i++) {
 			uint32_t count = cells[i] & CELL_COUNT;
 
@@ -334,6 +334,7 @@ static uint64_t expected_word(const struct comparison *cmp, uint64_t block, uint
 		}
 		return word;
 	}
+	const struct block_info *infos = cmp->c->blocks + block;
 	for (uint32_t i = 0; i < nr; i++)
 		word |= (uint64_t)bitmap_swap(infos[i].count < 3 ? infos[i].count : 3) << (2 * i);
 	return word;

@@ -82,6 +82,8 @@ class Driver(ABC):
     name: ClassVar[str]
     file_system: ClassVar[str] = "ext4"
     """What the root is put on where the driver is measured and tested."""
+    deepest: ClassVar[int | None] = None
+    """How many layers a chain may have; a further one is NotSupportedError."""
 
     def __init__(self, root: Path) -> None:
         self.root = Path(root).resolve()

@@ -65,10 +65,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
 	struct bs_trace_layout layout = take_layout(&data, &size);
 	struct bs_trace_names *names;
-	struct bs_trace_names *names;
 	struct bs_trace_parser *parser;
 
-	PROMISE(bs_trace_names_create(&names) == 0);
 	if (bs_trace_names_create(&names) < 0)
 		return 0;
 	if (bs_trace_parser_create(&layout, words, sizeof(words) / sizeof(*words), names, &parser) < 0) {
@@ -82,7 +80,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	parse(parser, text, size);
 	free(text);
 	bs_trace_parser_destroy(parser);
-	bs_trace_names_destroy(names);
 	bs_trace_names_destroy(names);
 	return 0;
 }

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from .confined import Identity, Root, Visit, identity, named, walk
+from .confined import Identity, Root, Visit, all_names, identity, named, walk
 from .metadata import read_xattrs
 from .names import Parts
+from .pruned import PrunedNames, Unchanged
 
 __all__ = ["Change", "ChangeKind", "Found", "changes", "diff_size", "find_changes"]
 
@@ -44,43 +45,51 @@ class _Node:
         return stat.S_ISDIR(self.status.st_mode)
 
 
-def changes(old_root: Path | None, new_root: Path) -> list[Change]:
+def changes(old_root: Path | None, new_root: Path, *, unchanged: Unchanged | None = None) -> list[Change]:
     """Return what changed, sorted by the components of the paths; without an old root all is added.
 
     Docker's rules: only the inode's metadata is compared (mode, owner, device number, extended attributes;
     of what is no directory also size and time to the nanosecond), a directory with changes in it is changed
-    itself, what is below a deleted directory is not listed, and the root never is.
+    itself, what is below a deleted directory is not listed, and the root never is. `unchanged` saves looking
+    at what is known to be the same (pruned.py).
     """
-    return [Change("/" + "/".join(found.parts), found.kind) for found in find_changes(old_root, new_root)]
+    found = find_changes(old_root, new_root, unchanged=unchanged)
+    return [Change("/" + "/".join(one.parts), one.kind) for one in found]
 
 
-def diff_size(old_root: Path | None, new_root: Path) -> int:
+def diff_size(old_root: Path | None, new_root: Path, *, unchanged: Unchanged | None = None) -> int:
     """Return the bytes in regular files that were added or changed, hard links counted once."""
     sizes: dict[Identity, int] = {}
-    for found in find_changes(old_root, new_root):
+    for found in find_changes(old_root, new_root, unchanged=unchanged):
         if found.status is not None and stat.S_ISREG(found.status.st_mode):
             sizes[identity(found.status)] = found.status.st_size
     return sum(sizes.values())
 
 
 def find_changes(
-    old_root: Path | None, new_root: Path, *, unchanged_links: dict[Identity, list[Parts]] | None = None
+    old_root: Path | None,
+    new_root: Path,
+    *,
+    unchanged_links: dict[Identity, list[Parts]] | None = None,
+    unchanged: Unchanged | None = None,
 ) -> Iterator[Found]:
     """Yield the changes in the order of path components, so that directories come before their content.
 
-    unchanged_links is filled with the unchanged names of files that have several.
+    unchanged_links is filled with the unchanged names of files that have several; of those whose inode is
+    unchanged too there may be none.
     """
     with named(str(new_root)), Root.open(new_root) as new:
         if old_root is None:
-            yield from (Found(node.parts, "A", node.status) for node in _nodes(new))
+            yield from (Found(node.parts, "A", node.status) for node in _nodes(new, new, None))
             return
         with Root.open(old_root) as old:
             links = {} if unchanged_links is None else unchanged_links
-            yield from _compare(_nodes(old), _nodes(new), links)
+            yield from _compare(_nodes(old, new, unchanged), _nodes(new, old, unchanged), links)
 
 
-def _nodes(root: Root) -> Iterator[_Node]:
-    for visit in walk(root.descriptor):
+def _nodes(root: Root, other: Root, unchanged: Unchanged | None) -> Iterator[_Node]:
+    names = all_names if unchanged is None else PrunedNames(other, unchanged)
+    for visit in walk(root.descriptor, names=names):
         if not visit.leaving:
             yield _node(visit)
 

@@ -9,7 +9,7 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,9 +25,22 @@ from ..errors import (
 )
 from .names import Parts
 
-__all__ = ["Identity", "Root", "Visit", "descriptor_path", "identity", "named", "open_entry", "walk"]
+__all__ = [
+    "Identity",
+    "Names",
+    "Root",
+    "Visit",
+    "all_names",
+    "descriptor_path",
+    "identity",
+    "named",
+    "open_entry",
+    "walk",
+]
 
 Identity = tuple[int, int]  # device and inode
+Names = Callable[[int, Parts, os.stat_result], list[str]]
+"""Lists what a walk shall visit of an open directory, in their order."""
 
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -107,14 +120,16 @@ class Visit:
 class _Place:
     """Where a walk is: one open directory and the way back, however deep."""
 
-    def __init__(self, descriptor: int, status: os.stat_result) -> None:
+    def __init__(self, descriptor: int, names: Names) -> None:
         self.descriptor = descriptor
         self.above: list[tuple[os.stat_result, list[str]]] = []
-        self.enter(descriptor, status)
+        self._names = names
+        self.enter(descriptor, ())
 
-    def enter(self, descriptor: int, status: os.stat_result) -> None:
+    def enter(self, descriptor: int, parts: Parts) -> None:
         self.descriptor = descriptor
-        self.above.append((status, sorted(os.listdir(descriptor), reverse=True)))
+        status = os.fstat(descriptor)
+        self.above.append((status, self._names(descriptor, parts, status)[::-1]))
 
     def replace(self, descriptor: int) -> None:
         os.close(self.descriptor)
@@ -129,15 +144,20 @@ class _Place:
         return self.above[-1][0]
 
 
-def walk(directory: int, *, loosen: bool = False) -> Iterator[Visit]:
+def all_names(descriptor: int, parts: Parts, status: os.stat_result) -> list[str]:  # noqa: ARG001
+    return sorted(os.listdir(descriptor))
+
+
+def walk(directory: int, *, loosen: bool = False, names: Names = all_names) -> Iterator[Visit]:
     """Yield what is below a directory in the order of names, each directory before its content and again
     after it.
 
     Takes one descriptor however deep the tree is: the way up is "..", checked against the directory that
-    was left. With loosen, directories that their owner may not read are made readable.
+    was left. With loosen, directories that their owner may not read are made readable; with names, only what
+    that lists is visited.
     """
     start = os.open(".", _OPEN_DIRECTORY, dir_fd=directory)
-    place = _Place(start, os.fstat(start))
+    place = _Place(start, names)
     parts: Parts = ()
     try:
         while True:
@@ -154,13 +174,14 @@ def walk(directory: int, *, loosen: bool = False) -> Iterator[Visit]:
             except FileNotFoundError:
                 continue  # taken away since the directory was listed
             yield Visit(place.descriptor, identity(place.status), (*parts, name), status)
-            if stat.S_ISDIR(status.st_mode) and _descend(place, name, status, loosen=loosen):
+            if stat.S_ISDIR(status.st_mode) and _descend(place, (*parts, name), status, loosen=loosen):
                 parts = (*parts, name)
     finally:
         os.close(place.descriptor)
 
 
-def _descend(place: _Place, name: str, status: os.stat_result, *, loosen: bool) -> bool:
+def _descend(place: _Place, parts: Parts, status: os.stat_result, *, loosen: bool) -> bool:
+    name = parts[-1]
     if loosen and status.st_mode & 0o700 != 0o700 and os.geteuid() != 0:
         with open_entry(place.descriptor, name, os.O_PATH | os.O_DIRECTORY) as descriptor:
             os.chmod(descriptor_path(descriptor), stat.S_IMODE(status.st_mode) | 0o700)
@@ -169,7 +190,7 @@ def _descend(place: _Place, name: str, status: os.stat_result, *, loosen: bool) 
     except FileNotFoundError:
         return False
     place.replace(below)
-    place.enter(below, os.fstat(below))
+    place.enter(below, parts)
     return True
 
 

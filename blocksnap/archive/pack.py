@@ -12,6 +12,7 @@ from .confined import Identity, Root, identity, named, open_entry
 from .metadata import is_whiteout, read_xattrs
 from .names import WHITEOUT, Parts
 from .pax import XATTR_PREFIX, format_seconds
+from .pruned import Unchanged
 from .stream import BLOCK, PIECE
 
 __all__ = ["pack_diff"]
@@ -28,7 +29,9 @@ _TYPES = {
 }
 
 
-def pack_diff(old_root: Path | None, new_root: Path, out: BinaryIO) -> int:
+def pack_diff(
+    old_root: Path | None, new_root: Path, out: BinaryIO, *, unchanged: Unchanged | None = None
+) -> int:
     """Write the layer that turns old_root into new_root (without an old root: all of it); return its bytes.
 
     Times are exact to the nanosecond; holes are written as zeros; sockets are left out, as are extended
@@ -39,7 +42,7 @@ def pack_diff(old_root: Path | None, new_root: Path, out: BinaryIO) -> int:
         writer = _Writer(root, out)
         if old_root is None or _root_differs(old_root, root):
             writer.add(())
-        for parts, deleted in _wanted(old_root, new_root):
+        for parts, deleted in _wanted(old_root, new_root, unchanged):
             if deleted:
                 writer.add_whiteout(parts)
             else:
@@ -47,12 +50,12 @@ def pack_diff(old_root: Path | None, new_root: Path, out: BinaryIO) -> int:
         return writer.finish()
 
 
-def _wanted(old_root: Path | None, new_root: Path) -> list[tuple[Parts, bool]]:
+def _wanted(old_root: Path | None, new_root: Path, unchanged: Unchanged | None) -> list[tuple[Parts, bool]]:
     """Return the paths to pack and whether they are deletions, directories first."""
     links: dict[Identity, list[Parts]] = {}
     wanted: dict[Parts, bool] = {}
     packed: set[Identity] = set()
-    for found in find_changes(old_root, new_root, unchanged_links=links):
+    for found in find_changes(old_root, new_root, unchanged_links=links, unchanged=unchanged):
         wanted[found.parts] = found.status is None
         if found.status is not None and not stat.S_ISDIR(found.status.st_mode):
             packed.add(identity(found.status))

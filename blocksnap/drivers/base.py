@@ -243,7 +243,7 @@ class Driver(ABC):
         spool = cast(BinaryIO, tempfile.SpooledTemporaryFile(_SPOOL_IN_MEMORY, dir=str(self.root)))  # noqa: SIM115
         try:
             with self._pair(id, parent) as (old, new):
-                archive.pack_diff(old, new, spool)
+                archive.pack_diff(old, new, spool, unchanged=self._unchanged(id, parent))
             spool.seek(0)
         except BaseException:
             spool.close()
@@ -253,12 +253,12 @@ class Driver(ABC):
     def changes(self, id: str, parent: str | None = None) -> list[archive.Change]:
         """Return the paths that were added, modified and deleted against a parent."""
         with self._pair(id, parent) as (old, new):
-            return archive.changes(old, new)
+            return archive.changes(old, new, unchanged=self._unchanged(id, parent))
 
     def diff_size(self, id: str, parent: str | None = None) -> int:
         """Return how many bytes of file contents `diff` would hold."""
         with self._pair(id, parent) as (old, new):
-            return archive.diff_size(old, new)
+            return archive.diff_size(old, new, unchanged=self._unchanged(id, parent))
 
     def apply_diff(self, id: str, parent: str | None, stream: BinaryIO) -> int:
         """Apply an uncompressed layer tar to a layer; return the bytes of file contents it brought.
@@ -284,6 +284,10 @@ class Driver(ABC):
 
     @abstractmethod
     def _create(self, id: str, parent: str | None, *, writable: bool) -> None: ...
+
+    def _unchanged(self, id: str, parent: str | None) -> archive.Unchanged | None:  # noqa: ARG002
+        """Tell which inodes a mounted layer and a mounted parent have the same, None where nothing tells."""
+        return None
 
     def _create_limited(self, id: str, parent: str | None, *, writable: bool, size: int) -> None:  # noqa: ARG002
         """Make a layer of limited size; for drivers that can."""

@@ -15,12 +15,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
 
-from .. import mount, pool_client
+from .. import archive, mount, pool_client
 from ..errors import (
     ArgumentError,
     BlocksnapError,
     BusyError,
     DeviceExistsError,
+    DeviceIOError,
     DeviceNotFoundError,
 )
 from ..file_system import FILE_SYSTEMS, find_program, grow_xfs, may_mount
@@ -30,6 +31,7 @@ from ..pool_client import PoolClient
 from ..remote_device import RemoteDevice
 from ..units import Size, format_size, parse_size
 from .base import Accounting, Driver, check_id
+from .block_diff import changed_ranges, unchanged_inodes
 from .directory import backing_filesystem
 
 __all__ = ["ThinDriver"]
@@ -196,6 +198,24 @@ class ThinDriver(Driver):
         delta = pool.delta(self.parent(id) or _BASE, id)
         own = delta["length"][delta["kind"] != DELTA_LEFT_ONLY]
         return int(own.sum()) * pool.status().block_size
+
+    # ---- contents
+
+    def _unchanged(self, id: str, parent: str | None) -> archive.Unchanged | None:
+        """Compare the blocks of the two devices, when all of their file systems is in place."""
+        if parent is None or not may_mount():
+            return None
+        try:
+            for layer in (id, parent):
+                if not os.statvfs(self._mounts / layer).f_flag & os.ST_RDONLY:
+                    with mount.frozen(self._mounts / layer):
+                        pass  # this has emptied the journal
+        except (BusyError, DeviceIOError):  # somebody else freezes it, or it takes too long
+            return None
+        pool = self._pool()
+        pool.commit()
+        changed = changed_ranges(pool.delta(parent, id), pool.status().block_size)
+        return unchanged_inodes(pool.device(parent).read, pool.device(id).read, changed)
 
     # ---- layers
 

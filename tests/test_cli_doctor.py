@@ -105,7 +105,7 @@ def test_leftover_that_cannot_be_removed_does_not_keep_the_others() -> None:
 
 
 @needs_root
-@pytest.mark.parametrize("driver", ["overlay", "thin"])
+@pytest.mark.parametrize("driver", ["overlay", "thin", "unionfs", "qcow2"])
 def test_killed_comparison_is_cleared_away_and_a_living_one_is_not(tmp_path: Path, driver: str) -> None:
     if (reason := dict(drivers.available(tmp_path)).get(driver)) is not None:
         pytest.skip(f"needs the driver {driver}: {reason}")

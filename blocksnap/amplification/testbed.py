@@ -18,6 +18,8 @@ from pathlib import Path
 
 from .. import mount
 from ..dead_mounts import remove_mapped
+from ..drivers.mount_server import terminate_servers
+from ..drivers.qcow2 import DAEMON
 from ..errors import BlocksnapError, BusyError, NoSpaceError, NotSupportedError
 from ..file_system import find_program
 from ..units import format_size
@@ -192,6 +194,8 @@ def clear_below(directory: Path, timeout: float = 5.0) -> None:
     deadline = time.monotonic() + timeout
     for target in _mounts_below(real):
         _detach_loops_below(Path(target), deadline)
+        with suppress(BusyError):  # an unmounted export does not end its daemon
+            terminate_servers(DAEMON, real if target == str(real) else Path(target).parent)
         _unmount_patiently(target, deadline)
     _detach_loops_below(real, deadline)
 

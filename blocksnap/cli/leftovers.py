@@ -17,6 +17,7 @@ from ..drivers.root import DriverRoot
 
 __all__ = ["FINDERS", "Leftover", "find_leftovers"]
 
+_LAYER_PLACES = (("overlay", "merged"), ("unionfs", "merged"), ("aufs", "merged"), ("qcow2", "mounted"))
 _DEVICE_DRIVERS: tuple[str, ...] = ("thin", "devicemapper", "dm-snapshot")
 
 
@@ -57,8 +58,8 @@ def _layer_at(target: Path) -> tuple[str, Path, str] | None:
     """Return driver, root and id of the layer whose place a path is, None when it is no such place."""
     if target.parent.name == "mnt":
         known, root, id = _DEVICE_DRIVERS, target.parents[1], target.name
-    elif target.name == "merged" and len(target.parts) > 4 and target.parents[1].name == "overlay":
-        known, root, id = ("overlay",), target.parents[2], target.parent.name
+    elif len(target.parts) > 4 and (target.parents[1].name, target.name) in _LAYER_PLACES:
+        known, root, id = (target.parents[1].name,), target.parents[2], target.parent.name
     else:
         return None
     marker = root / "driver"

@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from .. import mount
 from ..errors import BlocksnapError, BusyError, NotSupportedError
 from ..file_system import may_mount, unmount_fuse
 
-__all__ = ["MountServer"]
+__all__ = ["MountServer", "terminate_servers"]
 
 _CONNECTIONS = Path("/sys/fs/fuse/connections")
 _START_SECONDS = 10.0
@@ -127,28 +127,48 @@ class MountServer:
     @contextmanager
     def _awaited(self) -> Iterator[list[int]]:
         """Give descriptors of the server's processes; wait afterwards until they have ended."""
-        descriptors = []
-        for pid in self._processes():
-            with suppress(ProcessLookupError):
-                descriptors.append(os.pidfd_open(pid))
-        try:
+        with _awaited(self._processes(), f"{self._program} has unmounted {self.target} and") as descriptors:
             yield descriptors
-            deadline = time.monotonic() + _END_SECONDS
-            for descriptor in descriptors:
-                if not _has_ended(descriptor, deadline - time.monotonic()):
-                    raise BusyError(f"{self._program} has unmounted {self.target} and does not end")
-        finally:
-            for descriptor in descriptors:
-                os.close(descriptor)
 
     def _processes(self) -> list[int]:
-        found = []
-        for directory in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):
-                words = (directory / "cmdline").read_bytes().split(b"\0")
-                if self._argument in words and os.path.basename(os.fsdecode(words[0])) == self._program:
-                    found.append(int(directory.name))
-        return found
+        return _find_processes(self._program, lambda words: self._argument in words)
+
+
+def terminate_servers(program: str, below: Path) -> None:
+    """Let every process of a program end that has a path below a directory among its arguments."""
+    prefix = os.fsencode(below) + b"/"
+    found = _find_processes(program, lambda words: any(word.startswith(prefix) for word in words))
+    with _awaited(found, f"{program} on {below}") as descriptors:
+        for descriptor in descriptors:
+            signal.pidfd_send_signal(descriptor, signal.SIGTERM)
+
+
+def _find_processes(program: str, are_of_it: Callable[[list[bytes]], bool]) -> list[int]:
+    found = []
+    for directory in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            words = (directory / "cmdline").read_bytes().split(b"\0")
+            if os.path.basename(os.fsdecode(words[0])) == program and are_of_it(words[1:]):
+                found.append(int(directory.name))
+    return found
+
+
+@contextmanager
+def _awaited(pids: Sequence[int], what: str) -> Iterator[list[int]]:
+    """Give descriptors of processes; wait afterwards until they have ended: BusyError says what does not."""
+    descriptors = []
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            descriptors.append(os.pidfd_open(pid))
+    try:
+        yield descriptors
+        deadline = time.monotonic() + _END_SECONDS
+        for descriptor in descriptors:
+            if not _has_ended(descriptor, deadline - time.monotonic()):
+                raise BusyError(f"{what} does not end")
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
 
 
 def _has_ended(descriptor: int, seconds: float) -> bool:

@@ -34,10 +34,10 @@ from .mount_server import MountServer
 from .root import fsync_directory
 from .tree_copy import copy_contents
 
-__all__ = ["Qcow2Driver"]
+__all__ = ["DAEMON", "Qcow2Driver"]
 
-_DAEMON = "qemu-storage-daemon"
-_PACKAGES = {_DAEMON: "qemu-system-common", "qemu-img": "qemu-utils", "mke2fs": "e2fsprogs"}
+DAEMON = "qemu-storage-daemon"
+_PACKAGES = {DAEMON: "qemu-system-common", "qemu-img": "qemu-utils", "mke2fs": "e2fsprogs"}
 _CLUSTER = 64 << 10
 _MIN_CLUSTER, _MAX_CLUSTER, _MIN_EXTENDED = 512, 2 << 20, 16 << 10
 _DETACH_SECONDS = 5.0
@@ -187,7 +187,7 @@ class Qcow2Driver(DirectoryDriver):
         image = {"driver": "qcow2", "node-name": "image", "file": "file", **common}
         no_holes = {"event": "none", "iotype": "discard", "errno": errno.ENOSYS}
         layer = {"driver": "blkdebug", "node-name": "layer", "image": "image", "inject-error": [no_holes]}
-        command = [find_program(_DAEMON) or _DAEMON]
+        command = [find_program(DAEMON) or DAEMON]
         for block in (file, image, {**layer, "discard": "unmap", **common}):
             command += ["--blockdev", json.dumps(block)]
         export = {"type": "fuse", "id": "layer", "node-name": "layer", "mountpoint": str(self._export(id))}
@@ -238,7 +238,7 @@ class Qcow2Driver(DirectoryDriver):
         self._counter(id).lose()
 
     def _server(self, id: str) -> MountServer:
-        return MountServer(_DAEMON, self._export(id), self._pid_file(id))
+        return MountServer(DAEMON, self._export(id), self._pid_file(id))
 
     def _direct_io(self) -> bool:
         """Say whether the file system of the root takes direct I/O."""

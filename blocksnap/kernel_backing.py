@@ -121,10 +121,6 @@ class Backing:
     def size(self) -> int:
         return int(self._attribute("size") or 0) * _SECTOR
 
-    def written_bytes(self) -> int:
-        """Return the bytes written to the device number so far: take differences."""
-        return int((self._attribute("stat") or "").split()[6]) * _SECTOR
-
     def _attribute(self, name: str) -> str:
         with system_errors(fspath(self.path)), open(f"/sys/dev/block/{self.number}/{name}") as file:
             return file.read().strip()

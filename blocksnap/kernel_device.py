@@ -18,51 +18,16 @@ from typing import Self
 from ._native import ffi
 from .device_mapper import Device, Target
 from .errors import ArgumentError, BlocksnapError, DeviceIOError, NoSpaceError, PrivilegeError, error_for
+from .kernel_counters import KernelCounters
 from .mount import mount_table
 from .udev import make_node
-from .user_pool import Buffer, Handle, PoolCounters, bytes_of
+from .user_pool import Buffer, Handle, bytes_of
 
-__all__ = ["ActiveDevice", "IOCounts", "KernelDevice", "users_of"]
+__all__ = ["ActiveDevice", "KernelDevice", "users_of"]
 
 _PIECE = 1 << 20
 _FREEZE_SECONDS = 30.0
 _BLKDISCARD, _BLKSSZGET = 0x1277, 0x1268
-
-
-class IOCounts:
-    """Bytes and requests that went through the handles of a pool."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self.written = self.read = self.discarded = self.flushes = self.commits = 0
-
-    def add(
-        self, *, written: int = 0, read: int = 0, discarded: int = 0, flushes: int = 0, commits: int = 0
-    ) -> None:
-        with self._lock:
-            self.written += written
-            self.read += read
-            self.discarded += discarded
-            self.flushes += flushes
-            self.commits += commits
-
-    def counters(self, metadata_bytes: int) -> PoolCounters:
-        """Return what is known outside the kernel, which does not tell its copies and zeros (they are 0)."""
-        return PoolCounters(
-            application_bytes=self.written,
-            application_read_bytes=self.read,
-            zero_filled_bytes=0,
-            copied_bytes=0,
-            read_for_copy_bytes=0,
-            metadata_bytes=metadata_bytes,
-            padding_bytes=0,
-            discarded_bytes=self.discarded,
-            blocks_provisioned=0,
-            blocks_copied=0,
-            blocks_overwritten=0,
-            commits=self.commits,
-            flushes=self.flushes,
-        )
 
 
 def users_of(device: Device) -> str:
@@ -77,7 +42,14 @@ class ActiveDevice:
     """A thin device's node, open for direct I/O, and the number of handles that share it."""
 
     def __init__(
-        self, device: Device, size: int, block_size: int, what: str, counts: IOCounts, *, read_only: bool
+        self,
+        device: Device,
+        size: int,
+        block_size: int,
+        what: str,
+        counts: KernelCounters,
+        *,
+        read_only: bool,
     ) -> None:
         self.device = device
         self.size = size
@@ -129,10 +101,12 @@ class ActiveDevice:
             raise PrivilegeError(f"{self._what} is open read-only: open its pool for writing")
 
     def _read_sectors(self, offset: int, area: memoryview) -> None:
+        self._counts.add(sector_read=len(area))
         if os.preadv(self._fd, [area], offset) != len(area):
             raise DeviceIOError(f"{self._what}: a short read at {offset}: check its data device")
 
     def _write_sectors(self, offset: int, area: memoryview) -> None:
+        self._counts.add(sector_written=len(area))
         if os.pwritev(self._fd, [area], offset) != len(area):
             raise DeviceIOError(f"{self._what}: a short write at {offset}: check its data device")
 

@@ -46,7 +46,8 @@ from .kernel_backing import (
     require_block_size,
     require_undamaged,
 )
-from .kernel_device import ActiveDevice, IOCounts, KernelDevice, users_of
+from .kernel_counters import KernelCounters
+from .kernel_device import ActiveDevice, KernelDevice, users_of
 from .kernel_leftovers import remove_devices
 from .metadata import DeviceInfo
 from .user_pool import EngineStatus, PoolCounters, UserPool
@@ -72,8 +73,6 @@ class KernelPool:
         self._identity = identity_of(metadata.path)
         self._active: dict[int, ActiveDevice] = {}
         self._handles: list[KernelDevice] = []
-        self._counts = IOCounts()
-        self._written_before = metadata.written_bytes()
         self._lock = threading.RLock()
         # Held between begin() and end(), and by each flush and commit; taken before _lock.
         self._commits = threading.Lock()
@@ -151,6 +150,7 @@ class KernelPool:
             private=True,
         )
         live.callback(self._device.remove)
+        self._counts = KernelCounters(self._device.number, self._metadata.number, superblock.block_size)
         self._last = self._require_status()
         self._nr_devices = len(self.devices())
 
@@ -295,7 +295,7 @@ class KernelPool:
             )
 
     def counters(self) -> PoolCounters:
-        return self._counts.counters(self._metadata.written_bytes() - self._written_before)
+        return self._counts.counters()
 
     def extend(self, data_bytes: int) -> None:
         """Grow to the present sizes of the backing, of the data at most data_bytes (0 = all)."""
@@ -370,6 +370,7 @@ class KernelPool:
             read_only=self._read_only,
         )
         try:
+            self._counts.watch(device.number)
             return ActiveDevice(
                 device, size, self._target.block_size, what, self._counts, read_only=self._read_only
             )
@@ -389,7 +390,12 @@ class KernelPool:
         with suppress(BlocksnapError):  # the pool is full or has failed: it tells so itself
             active.flush()
         active.close()
-        active.device.remove(timeout=timeout)
+        self._counts.forget(active.device.number)
+        try:
+            active.device.remove(timeout=timeout)
+        except BaseException:
+            self._counts.watch(active.device.number)
+            raise
         for device_id, each in list(self._active.items()):
             if each is active:
                 del self._active[device_id]

@@ -191,7 +191,7 @@ class PoolService:
         return {
             "filesystem_bytes": self._mounts.written_bytes(name),
             "metadata_used_bytes": self._metadata_used() - baseline.metadata_used,
-            **{key: now[key] - before[key] for key in now},
+            **{key: None if now[key] is None else now[key] - before[key] for key in now},
         }
 
     def _made(self, device: ThinDevice) -> dict[str, Any]:

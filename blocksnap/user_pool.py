@@ -35,7 +35,10 @@ _DEVICES_A_CALL = 1 << 10
 
 @dataclass(frozen=True, slots=True)
 class PoolCounters:
-    """Bytes, blocks and requests since the pool was opened, each counted where it meets the backing."""
+    """Bytes, blocks and requests since the pool was opened, each counted where it meets the backing.
+
+    None is what an engine cannot know.
+    """
 
     application_bytes: int
     application_read_bytes: int
@@ -45,9 +48,9 @@ class PoolCounters:
     metadata_bytes: int
     padding_bytes: int
     discarded_bytes: int
-    blocks_provisioned: int
+    blocks_provisioned: int | None
     blocks_copied: int
-    blocks_overwritten: int
+    blocks_overwritten: int | None
     commits: int
     flushes: int
 

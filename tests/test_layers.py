@@ -22,6 +22,7 @@ PYTHON_LAYERS = [
     {"file_system", "mount_users"},
     {"dead_mounts"},
     {"user_pool"},
+    {"kernel_counters"},
     {"kernel_device"},
     {"kernel_leftovers"},
     {"kernel_pool"},

@@ -10,6 +10,7 @@ import pytest
 
 from blocksnap import drivers, errors, mount
 from blocksnap.drivers.overlay import OverlayDriver
+from tests.file_systems import fresh_file_system
 
 reason = OverlayDriver.missing(Path("/tmp"))
 pytestmark = pytest.mark.skipif(reason is not None, reason=f"overlay: {reason}")
@@ -47,6 +48,20 @@ def test_copy_up_counts_without_a_changed_byte(driver: OverlayDriver) -> None:
     with driver.mounted("child") as root, (root / "file").open("r+"):
         pass
     assert driver.accounting("child").copy_bytes == 4321
+
+
+def test_copy_up_copies_nothing_where_files_share_blocks(tmp_path: Path) -> None:
+    with fresh_file_system(tmp_path, "xfs") as place:
+        driver = OverlayDriver(place / "root")
+        make(driver, "base", file="x" * 4_000_000)
+        driver.create_read_write("child", "base")
+        with driver.mounted("child") as root, (root / "file").open("r+") as file:
+            file.write("!")
+        driver.sync()
+        figures = driver.accounting("child")
+        driver.cleanup()
+    assert figures.copy_bytes == 0
+    assert 4096 <= (figures.allocated_bytes or 0) < 1_000_000
 
 
 def test_file_replaced_by_another_is_not_copied_up(driver: OverlayDriver) -> None:

@@ -7,7 +7,13 @@ import pytest
 
 from blocksnap import mount
 from blocksnap.amplification.measure import compare
-from blocksnap.amplification.result import DEFAULT_BLOCK_SIZES, DEFAULT_DRIVERS, Measurement, Target
+from blocksnap.amplification.result import (
+    BASELINES,
+    DEFAULT_BLOCK_SIZES,
+    DEFAULT_DRIVERS,
+    Measurement,
+    Target,
+)
 from blocksnap.amplification.targets import setting_of, targets_for
 from blocksnap.amplification.testbed import KINDS, missing_for, open_testbed, work_directory
 from blocksnap.amplification.workloads import parse_workload
@@ -23,7 +29,7 @@ needs_root = pytest.mark.skipif(
 def test_defaults_are_all_that_can_be_measured_side_by_side() -> None:
     labels = [target.label for target in targets_for(DEFAULT_DRIVERS, DEFAULT_BLOCK_SIZES)]
     thin = [f"thin {size}" for size in ("4K", "16K", "64K", "256K", "1M")]
-    assert labels == [*thin, "overlay", "unionfs", "btrfs", "vfs", "xfs-reflink", "qcow2 64K", "volume"]
+    assert labels == [*thin, "overlay", "unionfs", "btrfs", "vfs", "xfs-reflink", "qcow2 64K", *BASELINES]
 
 
 def test_driver_is_measured_on_the_file_system_that_it_wants_or_that_is_named() -> None:
@@ -46,7 +52,8 @@ def test_unknown_file_systems_and_drivers_are_refused() -> None:
 
 def test_testbed_of_its_own_wants_loop_devices() -> None:
     assert setting_of("vfs").missing(on_loop=False) is None
-    assert "needs root" in str(setting_of("xfs-reflink").missing(on_loop=False))
+    for name in ("xfs-reflink", "volume@btrfs", "overlay@xfs"):
+        assert "needs root" in str(setting_of(name).missing(on_loop=False))
 
 
 def measured(work_dir: Path, *names: str) -> dict[str, Measurement]:

@@ -31,5 +31,11 @@ def test_each_block_level_driver_has_its_sentence() -> None:
         assert f"by {driver} writes less than unionfs at 4K and more than unionfs at 64K." in text
 
 
+def test_volumes_on_other_file_systems_are_told_apart_and_cannot_win() -> None:
+    text = said(row("xfs-reflink", 3), row("overlay", 20), row("volume", 4), row("volume@xfs", 2))
+    assert text.startswith("xfs-reflink wins: 3.00 bytes")
+    assert "a volume, without any copy-on-write, writes 4.00 (2.00 on xfs)." in text
+
+
 def test_nothing_is_said_of_block_sizes_without_a_driver_that_copies_whole_files() -> None:
     assert "Block-level" not in said(row("thin", 5, 4096), row("btrfs", 4))

@@ -14,6 +14,7 @@ from .phases import BASE, Phase
 
 __all__ = [
     "BASELINE",
+    "BASELINES",
     "DEFAULT_BLOCK_SIZES",
     "DEFAULT_DRIVERS",
     "PARTS",
@@ -25,7 +26,9 @@ __all__ = [
 ]
 
 BASELINE = "volume"
-DEFAULT_DRIVERS = ("thin", "overlay", "unionfs", "btrfs", "vfs", "xfs-reflink", "qcow2", BASELINE)
+BASELINES = (BASELINE, f"{BASELINE}@xfs", f"{BASELINE}@btrfs")
+"""Without any copy-on-write, on each file system that a driver is measured on."""
+DEFAULT_DRIVERS = ("thin", "overlay", "unionfs", "btrfs", "vfs", "xfs-reflink", "qcow2", *BASELINES)
 DEFAULT_BLOCK_SIZES = (4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20)
 
 PARTS: dict[str, str] = {
@@ -43,6 +46,10 @@ class Target:
 
     driver: str
     block_size: int | None = None
+
+    @property
+    def is_baseline(self) -> bool:
+        return self.driver.partition("@")[0] == BASELINE
 
     @property
     def label(self) -> str:

@@ -28,7 +28,7 @@ class Setting:
         """Return why its testbed cannot be made here, None when it can; without loop devices: a directory."""
         if on_loop:
             return missing_for(self.file_system)
-        own = self.driver == BASELINE or self.file_system == drivers.driver_class(self.driver).file_system
+        own = self.file_system == _own_file_system(self.driver)
         return None if own else f"needs root and loop devices, for {self.file_system} of its own"
 
     def open(self, root: Path, wanted: Mapping[str, object]) -> Driver:
@@ -39,7 +39,6 @@ class Setting:
 
 
 _NAMED = {
-    BASELINE: Setting(BASELINE, "ext4"),
     "vfs": Setting("vfs", "ext4", {"reflink": False}),
     "xfs-reflink": Setting("vfs", "xfs", {"reflink": True}),
 }
@@ -52,9 +51,11 @@ def setting_of(name: str) -> Setting:
     driver, at, file_system = name.partition("@")
     if at and file_system not in KINDS:
         raise ArgumentError(f'{name}: there is no testbed on "{file_system}": take {", ".join(KINDS)}')
-    if driver == BASELINE:
-        return Setting(BASELINE, file_system)
-    return Setting(driver, file_system or drivers.driver_class(driver).file_system)
+    return Setting(driver, file_system or _own_file_system(driver))
+
+
+def _own_file_system(driver: str) -> str:
+    return "ext4" if driver == BASELINE else drivers.driver_class(driver).file_system
 
 
 def targets_for(names: Sequence[str], block_sizes: Sequence[int]) -> list[Target]:

@@ -22,7 +22,7 @@ def verdict(comparison: Comparison) -> str:
 def sentences(comparison: Comparison) -> list[str]:
     """Return the conclusion from the rows that have a write amplification; the baseline cannot win."""
     rows = sorted(
-        (row for row in comparison.measured if row.target.driver != BASELINE),
+        (row for row in comparison.measured if not row.target.is_baseline),
         key=lambda row: _amplification(row),
     )
     if not rows:
@@ -80,10 +80,16 @@ def _copies_sentence(rows: Sequence[Measurement]) -> str:
 
 
 def _volume_clause(comparison: Comparison) -> str:
-    volume = next((row for row in comparison.measured if row.target.driver == BASELINE), None)
+    volumes = {row.target.driver: row for row in comparison.measured if row.target.is_baseline}
+    volume = volumes.pop(BASELINE, None)
     if volume is None:
         return ""
-    return f"; a volume, without any copy-on-write, writes {format_ratio(_amplification(volume))}"
+    clause = f"; a volume, without any copy-on-write, writes {format_ratio(_amplification(volume))}"
+    others = [
+        f"{format_ratio(_amplification(row))} on {driver.partition('@')[2]}"
+        for driver, row in volumes.items()
+    ]
+    return f"{clause} ({_join(others)})" if others else clause
 
 
 def _block_size_sentence(rows: Sequence[Measurement]) -> str:

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 from ..archive.confined import Identity, Root, Visit, descriptor_path, identity, open_entry, walk
 from ..archive.names import Parts
 
-__all__ = ["copy_attributes", "copy_contents", "copy_tree", "opened_for_reading"]
+__all__ = ["clones_files", "copy_attributes", "copy_contents", "copy_tree", "opened_for_reading"]
 
 _FICLONE = 0x40049409
 _NOT_CLONABLE = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY)
@@ -118,6 +119,14 @@ def opened_for_reading(visit: Visit) -> Iterator[int]:
 def copy_contents(source: int, target: int, *, reflink: bool) -> int:
     """Give an empty file the contents of another; return the bytes copied, 0 if they share blocks now."""
     return 0 if reflink and _clone(source, target) else _copy_data(source, target)
+
+
+def clones_files(directory: Path) -> bool:
+    """Say whether files in a directory can share their blocks."""
+    with tempfile.TemporaryFile(dir=directory) as source, tempfile.TemporaryFile(dir=directory) as target:
+        source.write(b"some contents")
+        source.flush()
+        return _clone(source.fileno(), target.fileno())
 
 
 def _open_file(visit: Visit) -> int:

@@ -18,8 +18,9 @@ from .. import mount
 from ..archive.confined import Root, descriptor_path, identity, walk
 from ..archive.names import Parts
 from .base import Accounting
-from .directory import DirectoryDriver, allocated_bytes
-from .tree_copy import copy_attributes, copy_tree
+from .directory import DirectoryDriver
+from .extents import own_bytes
+from .tree_copy import clones_files, copy_attributes, copy_tree
 
 __all__ = ["UnionDriver"]
 
@@ -53,12 +54,15 @@ class UnionDriver(DirectoryDriver):
 
         A file that was renamed after its copy-up counts with the size it has now, where its mark does not
         tell its former name. A file truncated as it was opened counts as copied though its contents were
-        not: that leaves no trace.
+        not: that leaves no trace. Where files can share blocks a copy-up copies nothing.
         """
         self._check_known(id)
         upper = self._layers.path / id / "diff"
-        copied = None if self._copy_mark is None else self._copied_bytes(id, upper, self._copy_mark)
-        return Accounting(copy_bytes=copied, allocated_bytes=allocated_bytes(upper))
+        if self._copy_mark is None:
+            copied = None
+        else:
+            copied = 0 if clones_files(upper.parent) else self._copied_bytes(id, upper, self._copy_mark)
+        return Accounting(copy_bytes=copied, allocated_bytes=own_bytes(upper))
 
     def _copied_bytes(self, id: str, upper: Path, mark: str) -> int:
         lowers = self._lower_directories(id)

@@ -6,7 +6,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from . import compare, container, device, doctor, image, pool
+from . import analyze, compare, container, device, doctor, image, pool
 from .console import WRONG_USAGE, run
 
 __all__ = ["app", "main"]
@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 
 app.command("compare", no_args_is_help=False)(compare.compare)
+app.command("analyze")(analyze.analyze)
 app.command("doctor")(doctor.doctor)
 app.add_typer(pool.app, name="pool")
 app.add_typer(device.app, name="device")

@@ -3,6 +3,8 @@
 Every call ends, with an error of one line at most; once the device is well again the pool opens and is sound.
 """
 
+import errno
+import os
 import subprocess
 import threading
 import time
@@ -16,7 +18,8 @@ import pytest
 from blocksnap import metadata
 from blocksnap.device_mapper import Control, Device, LinearTarget, OtherTarget
 from blocksnap.errors import BlocksnapError, DeviceIOError, NoSpaceError, PoolFormatError
-from blocksnap.mount import loop_devices
+from blocksnap.kernel_device import KernelDevice
+from blocksnap.mount import loop_devices, mount, unmount
 from blocksnap.pool import Pool
 from blocksnap.thin_device import ThinDevice
 from blocksnap.user_pool import UserPool
@@ -208,6 +211,34 @@ def test_a_pool_filled_by_many_writers_at_once_refuses_each_and_goes_on_when_ext
     with ThreadPoolExecutor(len(devices)) as threads:
         assert not any(threads.map(fill, [*devices[:2], pool.device("kept")]))
     pool.close()
+
+
+def test_a_snapshot_is_given_up_when_the_file_system_cannot_be_frozen_in_time(
+    below: Below, tmp_path: Path
+) -> None:
+    target = tmp_path / "mounted"
+    target.mkdir()
+    pool = below.create()
+    device = pool.create_device("mounted", 2 * SIZE)
+    with device.hold() as handle:
+        assert isinstance(handle, KernelDevice)
+        subprocess.run(["mkfs.ext4", "-q", handle.path], check=True)
+        mount(handle.path, target, "ext4")
+        try:
+            (target / "file").write_text("not on disk yet")
+            with below.data.suspended(), handle.freezing_within(0.5):
+                error = outcome(lambda: device.snapshot("in vain"))
+            assert isinstance(error, DeviceIOError)
+            assert error.errno == errno.ETIMEDOUT
+            (target / "another").write_text("it goes on")
+            os.sync()
+            device.snapshot("in time")
+        finally:
+            unmount(target)
+    assert {"mounted", "in time"} <= {each.name for each in pool.devices()}
+    assert "in vain" not in {each.name for each in pool.devices()}
+    pool.close()
+    below.assert_well()
 
 
 # ---- what others do to the devices of a pool

@@ -10,6 +10,8 @@ import pytest
 from blocksnap.device_mapper import Control, Device, DeviceNumber, LinearTarget, OtherTarget
 from blocksnap.dm_cookie import udev_cookie
 from blocksnap.errors import ArgumentError, BusyError, DeviceNotFoundError
+from blocksnap.kernel_device import KernelDevice
+from blocksnap.pool import Pool
 from blocksnap.udev import (
     BlockEvent,
     BlockEvents,
@@ -20,30 +22,10 @@ from blocksnap.udev import (
     settle,
     udev_runs,
 )
-from tests.kernel.devices import MIB, Disks, linear
+from tests.kernel.devices import MIB, Disks, linear, read_at
+from tests.kernel.udevd import udevd
 
-UDEVD = Path("/lib/systemd/systemd-udevd")
-RULES = Path("/lib/udev/rules.d/95-dm-notify.rules")
-
-
-@pytest.fixture(scope="module", params=[False, True], ids=["without udevd", "with udevd"])
-def udevd(request: pytest.FixtureRequest) -> Iterator[bool]:
-    """Whether udevd runs: it is started, or the test skipped, to make that so."""
-    wanted: bool = request.param
-    if not wanted and udev_runs():
-        pytest.skip("udevd runs on this machine")
-    if wanted and not (UDEVD.exists() and RULES.exists()):
-        pytest.skip("needs udevd and the rules of device-mapper (apt-get install udev dmsetup)")
-    start = wanted and not udev_runs()
-    if start:
-        subprocess.run([UDEVD, "--daemon"], check=True)
-    yield wanted
-    if start:
-        subprocess.run(["udevadm", "control", "--exit"], check=True)
-        Path("/run/udev/control").unlink(missing_ok=True)
-
-
-with_udevd = pytest.mark.parametrize("udevd", [True], indirect=True, scope="module")
+__all__ = ["udevd"]
 
 
 @pytest.fixture
@@ -97,27 +79,24 @@ def test_no_cookie_is_left_on_any_path(control: Control, disk: DeviceNumber, ude
     assert left_cookies() == []
 
 
-@with_udevd
-def test_a_cookie_is_seen_while_it_is_waited_for(udevd: bool) -> None:
-    assert udevd
+def test_a_cookie_is_used_only_where_udevd_runs(udevd: bool) -> None:
     with udev_cookie() as cookie:
-        assert [key & 0xFFFF for key in left_cookies()] == [cookie.value & 0xFFFF]
+        assert [key & 0xFFFF for key in left_cookies()] == [cookie.value & 0xFFFF][: int(udevd)]
+    assert bool(cookie.value) == udevd
 
 
-@with_udevd
 def test_links_lead_to_a_file_system_unless_the_device_is_private(
     control: Control, disk: DeviceNumber, udevd: bool
 ) -> None:
-    assert udevd
     linear(control, "made", disk, 8 * MIB).remove()
     mkfs(Device.create(control, "maker", [LinearTarget(8 * MIB, disk)], private=True).path)
     Device.open(control, "maker" + control.name_suffix).remove()
     public = linear(control, "public", disk, 8 * MIB)
-    assert any("by-uuid" in link for link in links_to(public))
+    assert any("by-uuid" in link for link in links_to(public)) == udevd
     public.remove()
     assert links_to(public) == set()
     private = Device.create(control, "private", [LinearTarget(8 * MIB, disk)], private=True)
-    assert Path("/dev/mapper", private.name).exists()
+    assert Path("/dev/mapper", private.name).exists() == udevd
     assert links_to(private) == set()
 
 
@@ -207,3 +186,52 @@ def test_what_is_no_device_to_write_to_is_refused(control: Control, disk: Device
         check_unused(read_only.path)
     with pytest.raises(ArgumentError, match="no block device"):
         check_unused("/dev/null")
+
+
+# ---- pools ----
+
+
+@pytest.fixture
+def pool(tmp_path: Path, udevd: bool) -> Iterator[Pool]:
+    """A pool in the kernel; afterwards no node, no link and no cookie of it is left."""
+    assert udev_runs() == udevd
+    before = nodes()
+    with Pool.create(tmp_path / "pool", size=64 * MIB, engine="kernel") as made:
+        yield made
+    assert nodes() == before
+    assert left_cookies() == []
+
+
+def nodes() -> set[Path]:
+    """Return what leads to mapped devices."""
+    found = [*Path("/dev").glob("dm-*"), *Path("/dev/mapper").iterdir(), *Path("/dev").glob("disk/*/*")]
+    return {path for path in found if "loop" not in os.path.realpath(path)}
+
+
+def test_the_devices_of_a_pool_have_nodes_and_links_once_they_are_open(pool: Pool, udevd: bool) -> None:
+    with pool.create_device("made", 16 * MIB).hold() as handle:
+        assert isinstance(handle, KernelDevice)
+        mkfs(handle.path)
+    with BlockEvents() as events, pool.device("made").hold() as handle:
+        assert isinstance(handle, KernelDevice)
+        number = DeviceNumber.of(handle.path)
+        assert settle(number) == handle.path
+        links = {path for path in nodes() if os.path.realpath(path) == handle.path}
+        assert any("by-uuid" in str(link) for link in links) == udevd
+        handle.close()
+        while (event := events.wait(10)) is not None:
+            if (event.action, event.number) == ("remove", number):
+                return
+    pytest.fail("no event tells that the device was removed")
+
+
+def test_a_snapshot_has_its_own_node(pool: Pool) -> None:
+    origin = pool.create_device("origin", MIB)
+    origin.write(0, b"origin")
+    snapshot = origin.snapshot("snapshot")
+    snapshot.write(0, b"snap")
+    with origin.hold() as first, snapshot.hold() as second:
+        assert isinstance(first, KernelDevice)
+        assert isinstance(second, KernelDevice)
+        assert DeviceNumber.of(first.path) != DeviceNumber.of(second.path)
+        assert [read_at(each.path, 0, 6) for each in (first, second)] == [b"origin", b"snapin"]

@@ -92,6 +92,16 @@ def test_writes_that_come_at_once_all_arrive(driver: Qcow2Driver, tmp_path: Path
     check_image(driver, "child", tmp_path)
 
 
+@pytest.mark.parametrize("name", ["comma,colon:back\\slash", "x" * 200, "bytes\udcff\udcfe", "ünï cödé"])
+def test_root_of_any_name_is_mounted(tmp_path: Path, name: str) -> None:
+    driver = Qcow2Driver(tmp_path / name, base_size="256M")
+    make(driver, "base", file=b"text")
+    driver.create_read_write("child", "base")
+    with driver.mounted("child") as root:
+        assert (root / "file").read_bytes() == b"text"
+    assert left_below(driver.root) == []
+
+
 def test_export_says_that_it_punches_no_holes(driver: Qcow2Driver) -> None:
     driver.create("base")
     with driver.mounted("base") as root:

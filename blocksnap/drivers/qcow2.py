@@ -190,7 +190,7 @@ class Qcow2Driver(DirectoryDriver):
         command = [find_program(DAEMON) or DAEMON]
         for block in (file, image, {**layer, "discard": "unmap", **common}):
             command += ["--blockdev", json.dumps(block)]
-        export = {"type": "fuse", "id": "layer", "node-name": "layer", "mountpoint": str(self._export(id))}
+        export = {"type": "fuse", "id": "layer", "node-name": "layer", "mountpoint": self._export(id).name}
         command += ["--export", json.dumps({**export, "writable": not read_only, "growable": False})]
         server = self._server(id)
         server.start([*command, "--pidfile", self._pid_file(id)], cwd=self._layers.path / id)

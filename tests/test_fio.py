@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -122,6 +124,19 @@ def test_place_is_the_only_thing_that_changes_in_a_job_file(tmp_path: Path) -> N
         "time_based",
     ]
     assert job_text(job, Path("/r"), {"create_only": "1"}).count("create_only=1\n") == 3
+
+
+def test_missing_fio_is_one_line_that_says_how_to_get_it(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from blocksnap.cli import main; main()"]
+    done = subprocess.run(
+        [*command, "compare", "--workload", f"fio:job={job_file(tmp_path)}"],
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr == "blocksnap: workload fio cannot run here: fio is not installed: apt install fio\n"
 
 
 @needs_fio

@@ -2,20 +2,30 @@
 
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from blocksnap import mount
 from blocksnap.amplification.child_process import WorkloadError
+from blocksnap.amplification.measure import compare
 from blocksnap.amplification.postgres import CLUSTER
 from blocksnap.amplification.postgres_session import copy_script, pgbench_latencies, reason_in
+from blocksnap.amplification.targets import targets_for
 from blocksnap.amplification.workload import Workload
 from blocksnap.amplification.workloads import BUILT_IN, parse_workload
 from blocksnap.errors import ArgumentError, NotSupportedError
 
+needs_root = pytest.mark.skipif(
+    os.geteuid() != 0 or not os.access("/dev/loop-control", os.W_OK), reason="needs root and loop devices"
+)
 needs_postgres = pytest.mark.skipif(
     BUILT_IN["pgbench"].missing() is not None, reason=str(BUILT_IN["pgbench"].missing())
 )
@@ -107,6 +117,53 @@ def test_client_that_fails_is_one_line_and_the_server_is_gone(template: Workload
     with pytest.raises(WorkloadError, match=r"pgbench failed: .*too many clients") as failure:
         broken.run(root)
     assert "\n" not in str(failure.value)
+
+
+@needs_root
+def test_full_file_system_is_one_line_and_the_server_is_gone(template: Workload, tmp_path: Path) -> None:
+    root = tmp_path / "full"
+    root.mkdir()
+    room = template.base.tree_bytes + (1 << 20)
+    mount.mount("tmpfs", root, "tmpfs", options=f"size={room},mode=755")
+    try:
+        template.prepare(root, 0)
+        with pytest.raises(WorkloadError, match="No space left on device") as failure:
+            template.with_parameter("transactions", 20_000).run(root)
+        assert "\n" not in str(failure.value)
+        assert processes_of(tmp_path) == []
+    finally:
+        mount.unmount(root)
+
+
+@needs_root
+def test_every_driver_runs_the_same_transactions(template: Workload, tmp_path: Path) -> None:
+    unstaged = replace(template, base=replace(template.base, tree=None))
+    found = compare(unstaged, targets_for(["overlay", "volume"], []), snapshots=1, work_dir=tmp_path)
+    assert [row.error for row in found.results] == [None, None]
+    assert [row.operations for row in found.results] == [100, 100]
+    overlay, volume = found.results
+    assert (overlay.copy_bytes or 0) > 2 * (16 << 20)  # a segment of the write-ahead log in each epoch
+    assert volume.application_bytes == pytest.approx(overlay.application_bytes, rel=0.1)
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_root
+@needs_postgres
+def test_interrupt_ends_the_server_and_unmounts(tmp_path: Path) -> None:
+    arguments = ["--workload", "pgbench:scale=1,transactions=10M,small_files=5", "--drivers", "overlay"]
+    command = [sys.executable, "-c", "from blocksnap.cli import main; main()", "compare", *arguments]
+    process = subprocess.Popen(
+        [*command, "--work-dir", str(tmp_path)], stderr=subprocess.PIPE, start_new_session=True
+    )
+    while not list(tmp_path.glob(f"*/overlay/driver/overlay/*/merged/{CLUSTER}/postmaster.pid")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, complaint = process.communicate(timeout=60)
+    assert (process.returncode, complaint) == (130, b"")
+    assert processes_of(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
+    assert [entry.target for entry in mount.mount_table() if str(tmp_path) in entry.target] == []
 
 
 class StopNowError(Exception):

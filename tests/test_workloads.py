@@ -188,7 +188,7 @@ def test_untar_writes_the_files_of_the_tar_and_nothing_else(tmp_path: Path) -> N
     assert outcome.application_bytes == sum(path.stat().st_size for path in unpacked)
 
 
-@pytest.mark.skipif(BUILT_IN["package"].missing() is not None, reason="needs dpkg")
+@pytest.mark.skipif(BUILT_IN["package"].missing() is not None, reason="needs dpkg and root")
 def test_package_upgrades_what_is_in_the_image_and_counts_no_pipes(tmp_path: Path) -> None:
     workload = prepared(tmp_path, "package:files=60,packages=3,small_files=5")
     place = tmp_path / "usr/lib/blocksnap-workload"

@@ -19,6 +19,7 @@ from typing import ClassVar, Self
 
 from ..errors import BlocksnapError
 from . import operations
+from .child_process import WorkloadError
 from .workload import Check, Counted, OperationWorkload
 
 __all__ = ["PackageWorkload", "UntarWorkload"]
@@ -57,7 +58,9 @@ class PackageWorkload(OperationWorkload):
 
     def missing(self) -> str | None:
         gone = [name for name in ("dpkg", "dpkg-deb") if shutil.which(name) is None]
-        return f"{gone[0]} is not installed: this workload needs Debian's dpkg" if gone else None
+        if gone:
+            return f"{gone[0]} is not installed: this workload needs Debian's dpkg"
+        return None if os.geteuid() == 0 else "dpkg installs packages for root alone"
 
     def stage(self, directory: Path, *, check: Check = lambda: None) -> Self:
         tree, debs = directory / "tree", directory / "debs"
@@ -66,7 +69,7 @@ class PackageWorkload(OperationWorkload):
         staged = []
         for name, files in self._packages():
             check()
-            operations.install_package(str(tree), str(_build(debs, name, "1", files, b"")))
+            _install(tree, _build(debs, name, "1", files, b""))
             newer = _build(debs, name, "2", files, _UPGRADE)
             staged.append((str(newer), _piped_bytes(newer)))
         return replace(self, base=replace(self.base, tree=tree), material={"debs": staged})
@@ -105,6 +108,13 @@ def _make_database(tree: Path) -> None:
     for name in ("info", "updates", "triggers"):
         (tree / "var/lib/dpkg" / name).mkdir(parents=True)
     (tree / "var/lib/dpkg/status").touch()
+
+
+def _install(tree: Path, deb: Path) -> None:
+    try:
+        operations.install_package(str(tree), str(deb))
+    except OSError as error:
+        raise WorkloadError(str(error)) from None
 
 
 def _build(debs: Path, name: str, version: str, files: Sequence[tuple[str, Path]], more: bytes) -> Path:

@@ -9,7 +9,7 @@ from typing import Any, TextIO
 from .phases import Phase
 from .result import PARTS, Comparison, Measurement
 
-__all__ = ["has_parquet", "write_csv", "write_raw_data"]
+__all__ = ["has_parquet", "write_csv", "write_lines", "write_raw_data"]
 
 _NESTED: Mapping[str, Sequence[str]] = {
     "latency": ("first", "p50", "p99", "max"),
@@ -32,25 +32,28 @@ def write_raw_data(study: Sequence[Comparison], directory: Path) -> list[Path]:
         "phases": list(_phase_lines(study)),
         "latencies": list(_latency_lines(study)),
     }
-    paths = []
-    for name, lines in tables.items():
-        if not lines:
-            continue
-        paths.append(directory / f"{name}.csv")
-        with paths[-1].open("w", newline="") as file:
-            _write_lines(lines, file)
-        if has_parquet():
-            paths.append(directory / f"{name}.parquet")
-            _write_parquet(lines, paths[-1])
+    return [path for name, lines in tables.items() for path in write_lines(lines, directory / name)]
+
+
+def write_lines(lines: Sequence[Mapping[str, Any]], place: Path) -> list[Path]:
+    """Write lines with named columns to PLACE.csv and, with polars, PLACE.parquet; no lines, no file."""
+    if not lines:
+        return []
+    paths = [place.with_suffix(".csv")]
+    with paths[0].open("w", newline="") as file:
+        _write_csv(lines, file)
+    if has_parquet():
+        paths.append(place.with_suffix(".parquet"))
+        _write_parquet(lines, paths[1])
     return paths
 
 
 def write_csv(rows: Sequence[Measurement], file: TextIO) -> None:
     """Write one line a row, nested objects flattened (latency_p50); unknown figures are empty."""
-    _write_lines([_flat(row.as_dict()) for row in rows], file)
+    _write_csv([_flat(row.as_dict()) for row in rows], file)
 
 
-def _write_lines(lines: Sequence[Mapping[str, Any]], file: TextIO) -> None:
+def _write_csv(lines: Sequence[Mapping[str, Any]], file: TextIO) -> None:
     writer = csv.DictWriter(file, list(_names(lines)), restval="")
     writer.writeheader()
     for line in lines:

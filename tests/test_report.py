@@ -123,6 +123,23 @@ def test_verdict_calls_a_difference_of_two_percent_none() -> None:
     assert "12.2 with vfs (too near to call from one run)" in near
 
 
+def test_verdict_of_several_runs_goes_by_whether_their_ranges_meet() -> None:
+    def runs(each: Measurement, *written: int) -> Measurement:
+        return combined([replace(each, backing_bytes=n * MIB) for n in written])
+
+    near = [runs(row("thin", 0, 4096), 10, 11, 15), runs(row("overlay", 0), 14, 16, 20)]
+    text = verdict(comparison(*near))
+    assert "16.0 with overlay (too near to call)" in text
+    assert "about as much as overlay at every block size measured" in text
+    apart = [runs(row("thin", 0, 4096), 10, 10, 10), runs(row("overlay", 0), 11, 11, 11)]
+    assert "less than overlay at every block size measured" in verdict(comparison(*apart))
+
+
+def test_verdict_says_what_the_work_costs_after_a_snapshot() -> None:
+    text = verdict(comparison(replace(OVERLAY, phases=phases_of(OVERLAY))))
+    assert text.endswith("writes, for each byte, 1.00 with overlay (at first 20.0).")
+
+
 def test_verdict_says_when_the_file_level_driver_wins() -> None:
     text = verdict(comparison(*THIN, row("overlay", 3), VOLUME))
     assert text.startswith("overlay wins: 3.00")

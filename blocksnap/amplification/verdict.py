@@ -6,11 +6,12 @@ from collections.abc import Iterable, Sequence
 
 from ..units import format_size
 from .figures import format_bytes, format_ratio, format_seconds
-from .result import BASELINE, Comparison, Measurement
+from .result import BASELINE, Comparison, Measurement, Spread
 
 __all__ = ["format_bytes", "format_ratio", "format_seconds", "sentences", "verdict"]
 
 _NOISE = 0.05  # what two runs of the same easily differ by
+_EQUAL = "about as much as"
 _FILE_LEVEL = frozenset(("overlay", "unionfs", "aufs", "vfs"))  # copy whole files
 
 
@@ -31,6 +32,7 @@ def sentences(comparison: Comparison) -> list[str]:
         _winner_sentence(rows, comparison),
         _block_size_sentence(rows),
         _first_write_sentence(rows, comparison),
+        _snapshots_sentence(rows),
     ]
     return [sentence for sentence in said if sentence]
 
@@ -51,8 +53,8 @@ def _winner_sentence(rows: Sequence[Measurement], comparison: Comparison) -> str
         sentence += ", against " + _join(
             [f"{format_ratio(_amplification(row))} with {_name(row)}" for row in others]
         )
-    if others and _relation(winner, others[0]) == "about as much as":
-        sentence += " (too near to call from one run)"
+    if others and _relation(winner, others[0]) == _EQUAL:
+        sentence += " (too near to call)" if winner.spread else " (too near to call from one run)"
     return sentence + _volume_clause(comparison) + "." + _copies_sentence([winner, *others])
 
 
@@ -111,7 +113,7 @@ def _block_size_sentence(rows: Sequence[Measurement]) -> str:
 
 
 def _relations(blocks: Sequence[Measurement], rival: Measurement) -> str:
-    at: dict[str, list[int]] = {"less than": [], "about as much as": [], "more than": []}
+    at: dict[str, list[int]] = {"less than": [], _EQUAL: [], "more than": []}
     for row in blocks:
         at[_relation(row, rival)].append(row.target.block_size or 0)
     found = {relation: sizes for relation, sizes in at.items() if sizes}
@@ -121,12 +123,32 @@ def _relations(blocks: Sequence[Measurement], rival: Measurement) -> str:
 
 
 def _relation(row: Measurement, rival: Measurement) -> str:
+    """Compare two rows: of several runs by whether their ranges meet, of one by what runs differ by."""
+    one, other = _range(row), _range(rival)
+    if one is not None and other is not None:
+        return "less than" if one.max < other.min else "more than" if one.min > other.max else _EQUAL
     ratio = _amplification(row) / _amplification(rival)
-    return "less than" if ratio < 1 - _NOISE else "more than" if ratio > 1 + _NOISE else "about as much as"
+    return "less than" if ratio < 1 - _NOISE else "more than" if ratio > 1 + _NOISE else _EQUAL
+
+
+def _range(row: Measurement) -> Spread | None:
+    return (row.spread or {}).get("write_amplification")
 
 
 def _sizes(sizes: Sequence[int]) -> str:
     return _join([format_size(size) for size in sorted(set(sizes))])
+
+
+def _snapshots_sentence(rows: Sequence[Measurement]) -> str:
+    """Say what the same work costs after snapshots, when all is shared again."""
+    costs = []
+    for row in _best_of_each_driver(rows):
+        known = [each for epoch in row.epochs if (each := epoch.write_amplification) is not None]
+        if len(known) > 1:
+            least, most = format_ratio(min(known[1:])), format_ratio(max(known[1:]))
+            later = least if least == most else f"{least} to {most}"
+            costs.append(f"{later} with {_name(row)} (at first {format_ratio(known[0])})")
+    return f"After a snapshot the same work writes, for each byte, {_join(costs)}." if costs else ""
 
 
 def _first_write_sentence(ordered: Sequence[Measurement], comparison: Comparison) -> str:

@@ -12,6 +12,7 @@
 
 #include "crc32c.h"
 #include "error.h"
+#include "seed_bug.h"
 
 #define MAX_RUN 64 /* blocks in one write */
 
@@ -37,7 +38,8 @@ void block_seal(void *data, uint64_t nr, uint32_t salt)
 {
 	struct block_head *head = data;
 
-	head->blocknr = le64_of(nr);
+	if (!BS_BUG(SEALED_WITHOUT_NUMBER) || le64_get(head->blocknr) == 0)
+		head->blocknr = le64_of(nr);
 	head->csum = le32_of(block_checksum(data, salt));
 }
 
@@ -270,7 +272,8 @@ static int write_runs(struct block_manager *bm, struct bm_block **blocks, uint64
 			block_seal(b->data, b->nr, b->validator->salt);
 			iov[run++] = (struct iovec){b->data, METADATA_BLOCK_SIZE};
 		} while (i + run < n && run < MAX_RUN && blocks[i + run]->nr == blocks[i]->nr + run);
-		int r = io_writev(bm->io, blocks[i]->nr * METADATA_BLOCK_SIZE, iov, run);
+		int lost = BS_BUG(RUN_LOSES_LAST_BLOCK) && run == MAX_RUN;
+		int r = io_writev(bm->io, blocks[i]->nr * METADATA_BLOCK_SIZE, iov, run - lost);
 		if (r < 0)
 			return r;
 		i += run;

@@ -21,6 +21,7 @@
 #include <string.h>
 
 #include "error.h"
+#include "seed_bug.h"
 
 static uint32_t node_nr(const struct disk_node *n)
 {
@@ -157,7 +158,7 @@ static int inc_entries(const struct btree *tree, const struct disk_node *n)
 	for (uint32_t i = 0; r == 0 && i < node_nr(n); i++) {
 		if (!node_is_leaf(n))
 			r = tm_inc(tree->tm, node_child(n, i));
-		else if (tree->inc)
+		else if (tree->inc && !BS_BUG(SHARED_VALUES_NOT_COUNTED))
 			r = tree->inc(tree->context, node_value(n, i));
 	}
 	return r;
@@ -458,7 +459,7 @@ static int split_child(const struct btree *tree, struct disk_node *parent, uint3
 		return r;
 	copy_entries(node_of(right), 0, left, half, nr - half);
 	node_set_nr(node_of(right), nr - half);
-	node_set_nr(left, half);
+	node_set_nr(left, half - BS_BUG(SPLIT_LOSES_AN_ENTRY));
 	insert_entry(parent, i + 1, node_key(node_of(right), 0), &(struct le64){htole64(right->nr)});
 	*ret = key >= node_key(node_of(right), 0) ? right : child;
 	return 0;
@@ -509,7 +510,7 @@ int btree_insert(const struct btree *tree, uint64_t *root, uint64_t key, const v
 		}
 		int i = node_search(n, key);
 		if (i < 0) {
-			n->keys[0] = le64_of(key);
+			n->keys[0] = BS_BUG(FIRST_KEY_NOT_LOWERED) ? n->keys[0] : le64_of(key);
 			i = 0;
 		}
 		r = shadow_child(tree, n, i, &b);
@@ -538,7 +539,7 @@ static int collapse(const struct btree *tree, struct disk_node *n)
 		return r;
 	memcpy(n, child->data, METADATA_BLOCK_SIZE);
 	normalise(n);
-	if (count > 1)
+	if (count > 1 && !BS_BUG(COLLAPSE_FORGETS_COUNTS))
 		r = inc_entries(tree, n);
 	return r < 0 ? r : tm_dec(tree->tm, nr);
 }
@@ -547,25 +548,26 @@ static int collapse(const struct btree *tree, struct disk_node *n)
 static int fill_child(const struct btree *tree, struct disk_node *n, uint32_t i)
 {
 	struct bm_block *left, *right;
+	struct btree uncounted = {.tm = tree->tm, .value_size = tree->value_size};
 	uint32_t l = i + 1 < node_nr(n) ? i : i - 1;
-	int r = shadow_child(tree, n, l, &left);
+	int r = shadow_child(BS_BUG(REBALANCE_FORGETS_COUNTS) ? &uncounted : tree, n, l, &left);
 
 	if (r == 0)
-		r = shadow_child(tree, n, l + 1, &right);
+		r = shadow_child(BS_BUG(REBALANCE_FORGETS_COUNTS) ? &uncounted : tree, n, l + 1, &right);
 	if (r < 0)
 		return r;
 	struct disk_node *a = node_of(left), *b = node_of(right);
 	uint32_t total = node_nr(a) + node_nr(b);
-	if (total < 2 * (node_max(a) / 3 + 1)) {
+	if (total < (BS_BUG(MERGE_TOO_LATE) ? 1u : 2u) * (node_max(a) / 3 + 1)) {
 		shift_left(a, b, node_nr(b));
 		delete_entry(n, l + 1);
-		return tm_dec(tree->tm, right->nr);
+		return BS_BUG(MERGED_NODE_KEPT) ? 0 : tm_dec(tree->tm, right->nr);
 	}
 	if (node_nr(a) < total / 2)
 		shift_left(a, b, total / 2 - node_nr(a));
 	else
 		shift_right(a, b, node_nr(a) - total / 2);
-	n->keys[l + 1] = b->keys[0];
+	n->keys[l + 1] = BS_BUG(SEPARATOR_NOT_MOVED) ? n->keys[l + 1] : b->keys[0];
 	return 0;
 }
 
@@ -576,7 +578,7 @@ static int remove_from_leaf(const struct btree *tree, struct disk_node *leaf, ui
 
 	if (i < 0 || node_key(leaf, i) != key)
 		return bs_fail(-EUCLEAN, "key %" PRIu64 " went missing in its tree: run pool check", key);
-	if (tree->dec)
+	if (tree->dec && !BS_BUG(DISCARD_KEEPS_DATA_BLOCK))
 		r = tree->dec(tree->context, node_value(leaf, i));
 	delete_entry(leaf, i);
 	return r < 0 ? r : 1;
@@ -655,7 +657,7 @@ static int delete_node(const struct btree *tree, uint64_t nr, struct block_stack
 	uint32_t count;
 	int r = tm_count(tree->tm, nr, &count);
 
-	if (r == 0 && count == 1) {
+	if (r == 0 && (count == 1 || BS_BUG(DELETE_GOES_INTO_SHARED))) {
 		r = read_node(tree, nr, &b);
 		if (r == 0)
 			memcpy(&n, b->data, sizeof(n));

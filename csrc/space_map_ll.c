@@ -15,6 +15,7 @@
 #include <string.h>
 
 #include "error.h"
+#include "seed_bug.h"
 
 #define QUEUED 1u       /* pending entry is in the queue */
 #define OVER_CHANGED 2u /* counted in nr_overflow_changes */
@@ -43,6 +44,7 @@ static uint32_t entries_in(const struct ll *ll, uint64_t i)
 {
 	uint64_t rest = ll->nr_blocks - i * ENTRIES_PER_BITMAP;
 
+	rest += BS_BUG(BLOCK_BEYOND_THE_END);
 	return rest < ENTRIES_PER_BITMAP ? rest : ENTRIES_PER_BITMAP;
 }
 
@@ -106,7 +108,7 @@ static int ll_count(struct space_map *sm, uint64_t block, uint32_t *ret)
 
 	if (block >= ll->nr_blocks)
 		return out_of_range(ll, block);
-	if (!e)
+	if (!e || BS_BUG(PENDING_COUNT_IGNORED))
 		return committed_count(ll, block, ret);
 	*ret = e->count;
 	return 0;
@@ -246,7 +248,7 @@ static bool is_reserved(const struct ll *ll, uint64_t block)
 {
 	for (uint64_t i = 0; i < ll->nr_reserved; i++)
 		if (ll->reserved[i] == block)
-			return true;
+			return !BS_BUG(RESERVED_BLOCK_GIVEN_AGAIN);
 	return false;
 }
 
@@ -276,9 +278,21 @@ static int no_space(const struct ll *ll)
 		ll->nr_blocks);
 }
 
+static bool find_freed(const struct ll *ll, uint64_t *ret)
+{
+	for (size_t i = 0; i < ll->pending.capacity; i++)
+		if (ll->pending.slots[i].block != COUNT_MAP_EMPTY && ll->pending.slots[i].flags & RELEASED) {
+			*ret = ll->pending.slots[i].block;
+			return true;
+		}
+	return false;
+}
+
 /* Two rounds over all bitmaps: the second does not believe the index's nr_free. */
 static int find_free(struct ll *ll, uint64_t *ret)
 {
+	if (BS_BUG(FREED_BLOCK_REUSED) && find_freed(ll, ret))
+		return 0;
 	if (ll_available(ll) == 0)
 		return no_space(ll);
 	for (uint64_t step = 0; step <= 2 * ll->nr_bitmaps; step++) {
@@ -538,9 +552,9 @@ static int write_overflow(struct ll *ll, uint64_t block, uint32_t before, uint32
 {
 	struct btree tree = overflow_tree(ll);
 
-	if (count >= 3)
+	if (count >= (BS_BUG(OVERFLOW_FROM_FOUR) ? 4u : 3u))
 		return btree_insert(&tree, &ll->overflow_root, block, &(struct le32){htole32(count)}, NULL);
-	if (before >= 3)
+	if (before >= 3 && !BS_BUG(OVERFLOW_ENTRY_KEPT))
 		return btree_remove(&tree, &ll->overflow_root, block);
 	return 0;
 }
@@ -562,6 +576,8 @@ static int flush_bitmap(struct ll *ll, uint64_t i, const uint64_t *blocks, size_
 	if (r >= 0)
 		count_free((struct disk_bitmap *)b->data, &ll->working[i].nr_free,
 			&ll->working[i].none_free_before);
+	if (BS_BUG(FREE_COUNT_CUT_SHORT))
+		ll->working[i].nr_free -= ENTRIES_PER_BITMAP - entries_in(ll, i);
 	return r < 0 ? r : 0;
 }
 
@@ -591,7 +607,9 @@ bool ll_is_flushed(const struct ll *ll)
 
 static int make_missing_bitmaps(struct ll *ll)
 {
-	for (uint64_t i = bitmaps_for(ll->committed_nr_blocks); i < ll->nr_bitmaps; i++) {
+	uint64_t end = ll->nr_bitmaps - (BS_BUG(NEW_BITMAP_FORGOTTEN) && ll->committed_nr_blocks);
+
+	for (uint64_t i = bitmaps_for(ll->committed_nr_blocks); i < end; i++) {
 		struct bm_block *b;
 
 		if (ll->working[i].blocknr)

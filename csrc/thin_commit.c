@@ -20,6 +20,7 @@
 #include "disk_format.h"
 #include "engine.h"
 #include "error.h"
+#include "seed_bug.h"
 
 #define COMMIT_INTERVAL 1 /* second */
 #define MANY_RETIRED 1024 /* pages: 4 MiB */
@@ -71,7 +72,7 @@ int break_transaction(struct bs_pool *pool, int err)
 
 static int flush_data(struct bs_pool *pool)
 {
-	if (!atomic_exchange(&pool->data_dirty, false))
+	if (!atomic_exchange(&pool->data_dirty, false) || BS_BUG(DATA_NOT_FLUSHED))
 		return 0;
 	int r = io_flush(pool->data_io);
 	if (r < 0)
@@ -102,6 +103,8 @@ int commit_locked(struct bs_pool *pool)
 	if (pool->broken)
 		return check_writable(pool);
 	thin_metadata_status(pool->md, &status);
+	if (!status.changed && BS_BUG(OVERWRITE_NOT_FLUSHED))
+		return 0;
 	if (!status.changed || pool->read_only || status.needs_check)
 		return status.failed ? check_writable(pool) : flush_data(pool);
 	if (status.freed_data_blocks)
@@ -110,6 +113,8 @@ int commit_locked(struct bs_pool *pool)
 	int r = flush_data(pool);
 	if (r == 0 && pool->passdown && status.freed_data_blocks)
 		r = thin_freed_blocks(pool->md, &freed, &nr_freed);
+	if (r == 0 && BS_BUG(FREED_SPACE_PUNCHED_EARLY))
+		pass_down(pool, freed, nr_freed);
 	if (r == 0)
 		r = thin_metadata_commit(pool->md, &written);
 	if (r == 0) {
@@ -128,7 +133,7 @@ static bool held_by_other(struct bs_pool *pool)
 
 static int commit_once(struct bs_pool *pool)
 {
-	int r = flush_data(pool);
+	int r = BS_BUG(OVERWRITE_NOT_FLUSHED) ? 0 : flush_data(pool);
 
 	pthread_mutex_lock(&pool->lock);
 	while (held_by_other(pool))
@@ -162,7 +167,7 @@ int commit_group(struct bs_pool *pool)
 	if (mine)
 		return bs_fail(-EDEADLK, "a flush inside a transaction: end it first");
 	pthread_mutex_lock(&pool->commit_lock);
-	uint64_t wanted = pool->commits_started + 1;
+	uint64_t wanted = pool->commits_started + !BS_BUG(FLUSH_JOINS_PAST_COMMIT);
 	while (pool->commits_finished < wanted) {
 		if (pool->committing)
 			pthread_cond_wait(&pool->commit_done, &pool->commit_lock);

@@ -6,6 +6,7 @@
 #include <stdlib.h>
 
 #include "error.h"
+#include "seed_bug.h"
 #include "thin_state.h"
 
 /* ---- devices ---- */
@@ -127,7 +128,7 @@ static int begin_change(struct thin_metadata *md, struct thin_device *device)
 {
 	int r = 0;
 
-	if (!device->path_shadowed)
+	if (!device->path_shadowed && !BS_BUG(PATH_NOT_SHADOWED))
 		r = thin_write_root(md, device);
 	device->path_shadowed = device->changed = md->changed = true;
 	return r;
@@ -138,12 +139,12 @@ static int snapshot(struct thin_metadata *md, uint32_t id, struct thin_device *o
 	struct thin_device device = *origin;
 	int r = begin_change(md, origin);
 
-	if (r == 0)
+	if (r == 0 && !BS_BUG(SNAPSHOT_ROOT_NOT_COUNTED))
 		r = tm_inc(&md->tm, origin->root);
 	if (r < 0)
 		return r;
-	md->time++;
-	origin->snapshotted_time = md->time;
+	md->time += !BS_BUG(TIME_NOT_RAISED);
+	origin->snapshotted_time = BS_BUG(ORIGIN_TIME_NOT_RAISED) ? origin->snapshotted_time : md->time;
 	device.id = id;
 	device.root = origin->root;
 	device.transaction_id = md->transaction_id;
@@ -277,7 +278,7 @@ int thin_lookup(
 	if (device->snapshotted_time <= mapping_time(*ret))
 		return 1;
 	r = is_shared(md, device->root, block, *ret, false, ret_shared);
-	if (r == 0 && !*ret_shared)
+	if (r == 0 && !*ret_shared && !BS_BUG(SHARING_IN_COMMITTED_IGNORED))
 		r = is_shared_in_committed(md, device, block, *ret, ret_shared);
 	return r < 0 ? r : 1;
 }
@@ -321,7 +322,7 @@ int thin_insert(struct thin_metadata *md, struct thin_device *device, uint64_t b
 		r = btree_insert(&md->mappings, &device->root, block, &(struct le64){htole64(packed)}, NULL);
 	if (r == 0)
 		r = ll_take(&md->data_sm.ll, data_block);
-	if (r == 0 && present)
+	if (r == 0 && present && !BS_BUG(OVERWRITE_KEEPS_DATA_BLOCK))
 		r = sm_dec(&md->data_sm.ll.sm, mapping_block(le64_get(old)), &left);
 	device->mapped_blocks += !present;
 	*ret = packed;

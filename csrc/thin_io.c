@@ -20,6 +20,7 @@
 #include "disk_format.h"
 #include "engine.h"
 #include "error.h"
+#include "seed_bug.h"
 
 #define COPY_CHUNK (1u << 20)
 #define DISCARD_BATCH 256
@@ -228,7 +229,9 @@ static int fill_chunk(struct bs_pool *pool, uint64_t old, uint64_t target, const
 	unsigned char *content = get_copy_buffer();
 	if (!content)
 		return bs_fail(-ENOMEM, "out of memory");
-	if (old == MAP_HOLE)
+	if (old == MAP_HOLE && BS_BUG(NEW_BLOCK_NOT_ZEROED))
+		memset(content, 0xa5, end - begin);
+	else if (old == MAP_HOLE)
 		memset(content, 0, end - begin);
 	else {
 		int r = data_read(pool, mapping_block(old) * pool->block_size + begin, content, end - begin);
@@ -239,6 +242,8 @@ static int fill_chunk(struct bs_pool *pool, uint64_t old, uint64_t target, const
 	}
 	if (covered)
 		memcpy(content + (from - begin), piece->buffer + (from - piece->within), covered);
+	if (covered && old != MAP_HOLE && BS_BUG(COPY_LOSES_TAIL))
+		memset(content + (to - begin), 0, end - to);
 	atomic_fetch_add(old == MAP_HOLE ? &pool->counters.zero_filled : &pool->counters.copied, rest);
 	return data_write(pool, at, content, end - begin);
 }
@@ -489,7 +494,8 @@ int bs_device_discard(struct bs_device *device, uint64_t offset, uint64_t length
 
 	if (r < 0)
 		return r;
-	uint64_t first = (offset + size - 1) / size, last = end / size;
+	uint64_t first = (offset + size - 1) / size;
+	uint64_t last = (end + (BS_BUG(DISCARD_ROUNDS_OUTWARDS) ? size - 1 : 0)) / size;
 	/* The device's own end counts as a block boundary. */
 	if (end == atomic_load(&device->size) && end % size)
 		last++;

@@ -20,6 +20,7 @@
 #include <string.h>
 
 #include "error.h"
+#include "seed_bug.h"
 #include "thin_state.h"
 
 #define CACHE_BLOCKS 8192 /* 32 MiB */
@@ -323,7 +324,7 @@ static int write_devices(struct thin_metadata *md)
 	for (struct thin_device *d = md->devices; r == 0 && d; d = d->next) {
 		if (!d->changed)
 			continue;
-		r = thin_write_details(md, d);
+		r = BS_BUG(DETAILS_NOT_WRITTEN) ? 0 : thin_write_details(md, d);
 		if (r == 0)
 			r = thin_write_root(md, d);
 	}
@@ -354,17 +355,21 @@ int thin_metadata_commit(struct thin_metadata *md, uint64_t *ret_bytes)
 	if (!md->changed)
 		return 0;
 	int r = write_devices(md);
-	if (r == 0)
-		r = sm_disk_flush(&md->data_sm, &md->superblock.data_sm_root);
-	if (r == 0)
+	if (r == 0 && BS_BUG(METADATA_MAP_BEFORE_DATA))
 		r = sm_metadata_flush(&md->metadata_sm, &md->superblock.metadata_sm_root);
 	if (r == 0)
-		r = bm_write_dirty(md->bm, ret_bytes);
-#ifndef BLOCKSNAP_SEED_BUG_SKIP_METADATA_FLUSH
+		r = sm_disk_flush(&md->data_sm, &md->superblock.data_sm_root);
+	if (r == 0 && !BS_BUG(METADATA_MAP_BEFORE_DATA))
+		r = sm_metadata_flush(&md->metadata_sm, &md->superblock.metadata_sm_root);
+	if (r == 0 && BS_BUG(SUPERBLOCK_FIRST)) {
+		fill_superblock(md);
+		r = write_superblock(md);
+	}
 	if (r == 0)
+		r = bm_write_dirty(md->bm, ret_bytes);
+	if (r == 0 && !BS_BUG(METADATA_NOT_FLUSHED))
 		r = io_flush(md->io);
-#endif
-	if (r < 0)
+	if (r < 0 && !BS_BUG(FAILED_FLUSH_PASSED_OVER))
 		return r;
 	fill_superblock(md);
 	r = write_superblock(md);
@@ -458,7 +463,7 @@ int thin_hold_snapshot(struct thin_metadata *md)
 	if (r == 0)
 		r = tm_inc(&md->tm, md->top_root);
 	if (r == 0)
-		r = tm_inc(&md->tm, md->details_root);
+		r = BS_BUG(HOLD_FORGETS_DETAILS) ? 0 : tm_inc(&md->tm, md->details_root);
 	if (r < 0)
 		return r;
 	struct disk_superblock *sb = (struct disk_superblock *)copy->data;

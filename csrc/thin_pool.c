@@ -7,6 +7,7 @@
 #include "disk_format.h"
 #include "engine.h"
 #include "error.h"
+#include "seed_bug.h"
 
 int bs_pool_format(const char *metadata, const char *data, uint64_t data_bytes, uint64_t block_size)
 {
@@ -432,7 +433,8 @@ int bs_pool_create_snapshot(struct bs_pool *pool, uint32_t id, uint32_t origin_i
 			stop_writes_in_place(pool, origin);
 		r = settle(pool, thin_create_snapshot(pool->md, id, origin_id));
 		if (origin)
-			atomic_store(&origin->snapshotted_time, origin->thin->snapshotted_time);
+			atomic_store(&origin->snapshotted_time,
+				BS_BUG(CACHED_TIME_NOT_RAISED) ? 0 : origin->thin->snapshotted_time);
 	}
 	pthread_mutex_unlock(&pool->lock);
 	return r;

@@ -2,6 +2,8 @@
 
 #include <string.h>
 
+#include "seed_bug.h"
+
 int tm_read(struct transaction_manager *tm, uint64_t nr, const struct bm_validator *validator,
 	struct bm_block **ret)
 {
@@ -27,8 +29,8 @@ int tm_shadow(struct transaction_manager *tm, uint64_t nr, const struct bm_valid
 		r = sm_count(tm->sm, nr, &count);
 	if (r < 0)
 		return r;
-	*ret_shared = count > 1;
-	if (old->dirty && count == 1) {
+	*ret_shared = count > 1 && !BS_BUG(SHARED_CHILDREN_NOT_COUNTED);
+	if ((old->dirty || BS_BUG(SHADOW_MISSED)) && count == 1) {
 		*ret = old;
 		return 0;
 	}
@@ -37,7 +39,7 @@ int tm_shadow(struct transaction_manager *tm, uint64_t nr, const struct bm_valid
 		return r;
 	memcpy(copy->data, old->data, METADATA_BLOCK_SIZE);
 	*ret = copy;
-	return tm_dec(tm, nr);
+	return BS_BUG(SHADOW_KEEPS_OLD_BLOCK) ? 0 : tm_dec(tm, nr);
 }
 
 int tm_inc(struct transaction_manager *tm, uint64_t nr)

@@ -54,7 +54,7 @@ PYTHON_LAYERS = [
 C_LAYERS = [
     {"blocksnap_api"},
     {"blocksnap", "disk_format"},
-    {"error", "crc32c", "count_map", "grace"},
+    {"error", "crc32c", "count_map", "grace", "seed_bug"},
     {"io", "child_process", "text_output"},
     {"io_file", "io_memory", "block_manager", "space_map", "metadata_reader"},
     {"transaction_manager"},

@@ -65,6 +65,17 @@ def test_json_is_alone_on_stdout_and_has_the_fields_of_the_contract(tmp_path: Pa
 
 
 @needs_root
+@pytest.mark.skipif(os.path.exists("/dev/mapper/control"), reason="needs a kernel without device-mapper")
+def test_driver_that_the_kernel_lacks_is_left_out_with_its_reason(tmp_path: Path) -> None:
+    words = ["--workload", SMALL, "--drivers", "devicemapper,dm-snapshot,volume", "--block-sizes", "4K,64K"]
+    result = json.loads(run("compare", *words, "--work-dir", tmp_path, "--json").stdout)
+    assert [row["driver"] for row in result["results"]] == ["volume"]
+    left_out = {each["driver"]: each["reason"] for each in result["skipped"]}
+    assert left_out.keys() == {"devicemapper", "dm-snapshot"}
+    assert all("no device-mapper here" in reason for reason in left_out.values())
+
+
+@needs_root
 def test_table_and_verdict_go_to_stdout_and_the_files_to_out(tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = run(

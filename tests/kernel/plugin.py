@@ -17,8 +17,8 @@ import pytest
 from tests.kernel.user_mode import Guest, missing
 
 GUEST_TESTS = Path(__file__).resolve().parent / "guest"
-SECONDS_A_TEST = 120
-_SILENCE = SECONDS_A_TEST + 30
+SECONDS_A_TEST = 120  # another number: pytest.mark.timeout
+_GRACE = 30
 _BOOTS = 3
 SUFFIX = "-blocksnap-test"
 
@@ -55,11 +55,12 @@ class GuestSession:
 
     def _run(self, item: pytest.Item) -> Iterator[pytest.TestReport]:
         guest = self._guest or self._boot(item)
+        patience = _seconds_of(item) + _GRACE
         while True:
             try:
-                line = guest.reports.get(timeout=_SILENCE)
+                line = guest.reports.get(timeout=patience)
             except queue.Empty:
-                raise self._death(f"no answer for {_SILENCE} s") from None
+                raise self._death(f"no answer for {patience} s") from None
             if line is None:
                 raise self._death("the guest ended in this test")
             data = json.loads(line)
@@ -90,7 +91,6 @@ class GuestSession:
             [*command, *files],
             environment={
                 "BLOCKSNAP_KERNEL_TESTS": "/run/host/tests",
-                "PYTHONDONTWRITEBYTECODE": "1",
                 "PYTHONPATH": os.pathsep.join(sys.path),
             },
             files={"tests": json.dumps(wanted)},
@@ -110,6 +110,11 @@ class GuestSession:
         guest, self._guest = self._guest, None
         if guest is not None:
             guest.close()
+
+
+def _seconds_of(item: pytest.Item) -> float:
+    marker = item.get_closest_marker("timeout")
+    return float(marker.args[0]) if marker else SECONDS_A_TEST
 
 
 def _report(item: pytest.Item, outcome: Any, text: str) -> pytest.TestReport:

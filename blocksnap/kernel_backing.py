@@ -62,7 +62,7 @@ def identity_of(metadata: PathArgument) -> str:
     return hashlib.sha256(place.encode()).hexdigest()[:16]
 
 
-def require_undamaged(metadata: PathArgument) -> None:
+def require_undamaged(metadata: PathArgument) -> metadata_walks.CheckReport:
     """Prove the metadata before the kernel trusts them: it checks little, and panics or hangs on some."""
     report = metadata_walks.check(metadata)
     if report.fatal:
@@ -71,6 +71,7 @@ def require_undamaged(metadata: PathArgument) -> None:
             f'the metadata of the pool are damaged ({first.text}): "blocksnap pool check" tells all,'
             " thin_repair restores them to a new device"
         )
+    return report
 
 
 def require_block_size(block_size: int) -> None:

@@ -111,7 +111,7 @@ class KernelPool:
             held.enter_context(locked(metadata, shared=read_only))
             control = held.enter_context(Control.open())
             remove_devices(control, identity_of(metadata))
-            require_undamaged(metadata)
+            found = require_undamaged(metadata)
             superblock = Superblock.read(metadata)
             require_block_size(superblock.block_size)
             read_only = read_only or superblock.needs_check
@@ -122,6 +122,7 @@ class KernelPool:
                 live.callback(parts[-1].close)
             pool = cls(control, parts[0], parts[1], f"the pool of {fspath(metadata)}")
             pool._start(superblock, live, read_only=read_only, passdown=passdown)
+            pool._nr_devices = found.devices
             pool._held, pool._live = held.pop_all(), live.pop_all()
         return pool
 
@@ -152,7 +153,6 @@ class KernelPool:
         live.callback(self._device.remove)
         self._counts = KernelCounters(self._device.number, self._metadata.number, superblock.block_size)
         self._last = self._require_status()
-        self._nr_devices = len(self.devices())
 
     def close(self) -> None:
         """Commit and release. BusyError while a device is open: the pool then stays as it is."""

@@ -35,8 +35,7 @@ def open_catalog(files: PoolFiles, engine: Engine, *, adopt: bool = False) -> Ca
             unknown = present - {record.id for record in known}
             taken = {record.name for record in known}
             catalog.adopt([*known, *_named_by_number(files, status, unknown, taken)], status.transaction_id)
-        if status.transaction_id == catalog.transaction_id:
-            _settle(catalog, engine, present, files)
+        if status.transaction_id == catalog.transaction_id and _settle(catalog, engine, present, files):
             present = {info.id for info in engine.devices()}
         catalog.recover(engine.status().transaction_id)
         _compare(catalog, present, files)
@@ -48,8 +47,8 @@ def open_catalog(files: PoolFiles, engine: Engine, *, adopt: bool = False) -> Ca
     return catalog
 
 
-def _settle(catalog: Catalog, engine: Engine, present: set[int], files: PoolFiles) -> None:
-    """Bring a pool whose engine commits each message to where the intent begins or ends.
+def _settle(catalog: Catalog, engine: Engine, present: set[int], files: PoolFiles) -> bool:
+    """Bring a pool whose engine commits each message to where the intent begins or ends; tell if it changed.
 
     Deletions come last and cannot be taken back: if one was made, the rest of the transaction follows.
     """
@@ -72,6 +71,7 @@ def _settle(catalog: Catalog, engine: Engine, present: set[int], files: PoolFile
         engine.end(catalog.transaction_id, catalog.transaction_id + 1)
     elif unwanted & present:
         engine.commit()
+    return bool(gone or unwanted & present)
 
 
 def _named_by_number(

@@ -170,6 +170,11 @@ int bs_metadata_devices(
 int bs_metadata_mappings(
 	const char *metadata, int held, uint32_t id, uint64_t begin, struct bs_mapping *out, int capacity);
 
+/* Set the bit (of nr_bits, the lowest of a byte first) of each data block that a device maps. */
+int bs_metadata_mapped_blocks(const char *metadata, int held, uint8_t *bits, uint64_t nr_bits);
+/* Let the I/O of the calling thread wait for that of all others, where the block layer knows priorities. */
+int bs_io_idle(void);
+
 /* ---- repair (thin_repair.c) ---- */
 
 /* What the damaged superblock may not tell; 0 = not known. */
@@ -478,3 +483,74 @@ int bs_trace_vscsi(const void *data, size_t length, const struct bs_trace_vscsi 
  * record can be found here. */
 int bs_trace_srt(const void *data, size_t length, uint32_t sector_size, bool ordered, struct bs_request *out,
 	size_t capacity, struct bs_trace_progress *ret);
+
+/* ---- copy-on-write model (cow_model.c) ---- */
+
+/* What a thin pool would do under a block trace, at several block sizes at once; nothing is written. Devices of a
+ * trace are thin devices of one pool, sized in whole blocks of the largest size, and are snapshotted together;
+ * snapshots are kept. An epoch is the time between two snapshots. One thread at a time. */
+
+#define BS_COW_FRESH 1      /* devices begin as holes; else every block is shared with a parent that stays */
+#define BS_COW_KEEP_PARTS 2 /* what a discard covers of a block in part is left alone, as the kernel does */
+
+/* 0: never, unknown. Snapshots by count come after the write that makes it full; those by time before the first
+ * request at or after a multiple of it since the trace began, if anything was written or discarded meanwhile. */
+struct bs_cow_options {
+	uint64_t snapshot_writes;
+	uint64_t snapshot_bytes;
+	uint64_t snapshot_ns;
+	uint64_t commit_ns;    /* metadata are committed at this interval, and at flushes and snapshots */
+	uint64_t device_bytes; /* of the largest device; else the highest byte seen so far counts */
+	uint32_t flags;
+	uint32_t padding;
+};
+
+struct bs_cow_trace {
+	uint64_t requests, reads, writes, discards, flushes;
+	uint64_t read_bytes, written_bytes, discarded_bytes;
+	uint64_t first_time, last_time;
+	uint64_t highest_byte; /* the end of the highest request */
+	uint64_t snapshots;
+	uint64_t memory_bytes; /* of the model */
+};
+
+struct bs_cow_result {
+	uint64_t block_size;
+	uint64_t blocks_provisioned; /* holes that got a data block */
+	uint64_t blocks_copied;      /* sharing broken with a copy */
+	uint64_t blocks_overwritten; /* sharing broken by a write that covers the block */
+	uint64_t blocks_discarded;   /* mapped blocks that a discard unmapped */
+	uint64_t blocks_freed;       /* of these, those allocated in the same epoch: no snapshot holds them */
+	uint64_t copied_bytes;       /* as in struct bs_pool_counters */
+	uint64_t zero_filled_bytes;  /* as in struct bs_pool_counters */
+	uint64_t metadata_blocks;    /* that commits write, by an approximation: cow_metadata.c */
+	uint64_t commits;
+};
+
+/* Sums over bs_cow_model_epochs_a_record() epochs. */
+struct bs_cow_epoch {
+	uint64_t blocks_allocated;
+	uint64_t blocks_freed; /* allocated and unmapped within the epoch */
+	uint64_t
+		blocks_exclusive; /* held by the snapshot at the end of the epoch alone; of the running epoch: by the
+				    * devices alone */
+};
+
+struct bs_cow_model;
+
+/* block_sizes: ascending powers of two from 512 to 1 GiB. */
+int bs_cow_model_create(const uint64_t *block_sizes, int nr_sizes, const struct bs_cow_options *options,
+	struct bs_cow_model **ret);
+void bs_cow_model_destroy(struct bs_cow_model *model);
+/* Go on with the next requests of the trace. -EINVAL names the first one that cannot be (bytes beyond 2^63, a
+ * write of more than 4 GiB, an unknown kind); those before it have been taken. */
+int bs_cow_model_feed(struct bs_cow_model *model, const struct bs_request *requests, uint64_t count);
+int bs_cow_model_snapshot(struct bs_cow_model *model);
+void bs_cow_model_trace(const struct bs_cow_model *model, struct bs_cow_trace *ret);
+/* By block size; returns the number of block sizes. What is pending of metadata counts as committed. */
+int bs_cow_model_results(struct bs_cow_model *model, struct bs_cow_result *out, int capacity);
+/* Records of a block size from number begin on, the last one being the running epoch; returns the number written
+ * to out. Their number is bounded: when there are too many, each comes to stand for twice as many epochs. */
+int bs_cow_model_epochs(
+	const struct bs_cow_model *model, int size, uint64_t begin, struct bs_cow_epoch *out, int capacity);
+uint64_t bs_cow_model_epochs_a_record(const struct bs_cow_model *model);

@@ -65,7 +65,7 @@ C_LAYERS = [
     {"thin_check", "thin_delta", "thin_dump", "thin_ls", "thin_repair", "thin_usage"},
     {"map_cache"},
     {"engine"},
-    {"dm_reply", "trace_names"},
+    {"dm_reply", "trace_names", "cow_table"},
     {"fuse_export", "mount", "loop", "confined", "dm_ioctl"},
     {"cow_model", "trace_text", "trace_blktrace", "trace_vscsi", "trace_srt"},
 ]
@@ -80,6 +80,9 @@ C_PARTS = {
     "thin_repair_roots": "thin_repair",
     "thin_repair_tree": "thin_repair",
     "thin_repair_write": "thin_repair",
+    "cow_discard": "cow_model",
+    "cow_metadata": "cow_model",
+    "cow_write": "cow_model",
     "dm_guard": "dm_ioctl",
     "dm_cookie": "dm_ioctl",
     "data_io": "engine",

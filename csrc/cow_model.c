@@ -1,0 +1,488 @@
+/*
+ * The copy-on-write model: takes the requests of a trace in order, keeps what cow_model.h describes, ends epochs
+ * and transactions, and hands out counts.
+ *
+ * A request costs one look at one cache line if every smallest block that it writes was written in this epoch
+ * before; the line is fetched while the requests before it are worked on. Memory: 64 bytes for each 64 smallest
+ * blocks in which one was written, some more for what lies above and for metadata, and a bounded history.
+ */
+#include "cow_model.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "error.h"
+
+#define MIN_SHIFT 9
+#define MAX_SHIFT 30
+#define AHEAD 8 /* requests whose nodes are on their way into the cache */
+#define MAX_RECORDS 65536
+
+/* ---- life ---- */
+
+static int check_sizes(const uint64_t *block_sizes, int nr)
+{
+	if (nr < 1)
+		return bs_fail(-EINVAL, "a model needs a block size");
+	for (int i = 0; i < nr; i++) {
+		uint64_t size = block_sizes[i];
+
+		if (size & (size - 1) || size < 1ull << MIN_SHIFT || size > 1ull << MAX_SHIFT)
+			return bs_fail(-EINVAL,
+				"a block size of %" PRIu64
+				" bytes: powers of two from 512 to 1G can be modelled",
+				size);
+		if (i && size <= block_sizes[i - 1])
+			return bs_fail(-EINVAL, "block sizes must ascend: %" PRIu64 " follows %" PRIu64, size,
+				block_sizes[i - 1]);
+	}
+	return 0;
+}
+
+static void set_levels(struct bs_cow_model *m, const uint64_t *block_sizes, int nr)
+{
+	m->base_shift = __builtin_ctzll(block_sizes[0]);
+	while (m->base_shift + 6 * (m->top + 1) < 63)
+		m->top++;
+	m->nr_sizes = nr;
+	for (int i = 0; i < nr; i++) {
+		m->sizes[i] = __builtin_ctzll(block_sizes[i]) - m->base_shift;
+		m->wanted[m->sizes[i] / 6] |= 1 << m->sizes[i] % 6;
+	}
+	for (int i = 0; i <= COW_LEVELS; i++)
+		m->inside[i] = (1ull << cow_shift(m, i)) - 1;
+}
+
+static void init(struct bs_cow_model *m, const struct bs_cow_options *options)
+{
+	m->options = *options;
+	m->snapshot_writes = options->snapshot_writes ? options->snapshot_writes : UINT64_MAX;
+	m->snapshot_bytes = options->snapshot_bytes ? options->snapshot_bytes : UINT64_MAX;
+	m->next_commit = m->next_snapshot = m->next_time = UINT64_MAX;
+	m->epoch = 1;
+	m->epochs_a_record = 1;
+	cow_metadata_grow(m, options->device_bytes);
+#if defined(__x86_64__)
+	m->fast = __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("bmi2");
+#endif
+}
+
+int bs_cow_model_create(const uint64_t *block_sizes, int nr_sizes, const struct bs_cow_options *options,
+	struct bs_cow_model **ret)
+{
+	int r = check_sizes(block_sizes, nr_sizes);
+
+	if (r < 0)
+		return r;
+	struct bs_cow_model *m = calloc(1, sizeof(*m));
+	if (!m)
+		return bs_fail(-ENOMEM, "out of memory");
+	set_levels(m, block_sizes, nr_sizes);
+	init(m, options);
+	r = cow_table_init(&m->leaves, sizeof(struct cow_node));
+	if (r == 0)
+		r = cow_table_init(&m->inners, sizeof(struct cow_inner));
+	if (r == 0)
+		r = cow_metadata_init(m);
+	if (r < 0) {
+		bs_cow_model_destroy(m);
+		return r;
+	}
+	*ret = m;
+	return 0;
+}
+
+void bs_cow_model_destroy(struct bs_cow_model *m)
+{
+	if (!m)
+		return;
+	cow_table_deinit(&m->leaves);
+	cow_table_deinit(&m->inners);
+	cow_metadata_deinit(m);
+	free(m->epochs);
+	free(m);
+}
+
+/* ---- nodes ---- */
+
+/* Whether the blocks of a node that does not exist are holes: the node above knows, or the one above it. */
+static bool begins_as_hole(const struct bs_cow_model *m, int depth, uint64_t node, uint32_t device)
+{
+	while (++depth <= m->top) {
+		const struct cow_node *above = cow_node_find(m, depth, node >> 6, device);
+
+		if (above)
+			return above->hole.w[0] >> (node & 63) & 1;
+		node >>= 6;
+	}
+	return m->options.flags & BS_COW_FRESH;
+}
+
+struct cow_node *cow_node_add(struct bs_cow_model *m, int depth, uint64_t node, uint32_t device)
+{
+	bool hole = begins_as_hole(m, depth, node, device);
+	struct cow_node *n =
+		cow_table_add(depth ? &m->inners : &m->leaves, cow_index(depth, node), device, m->epoch);
+
+	if (!n)
+		m->out_of_memory = true;
+	else if (hole)
+		n->hole = (struct cow_set){{UINT64_MAX, UINT64_MAX}};
+	return n;
+}
+
+struct cow_node *cow_node_get(struct bs_cow_model *m, int depth, uint64_t node, uint32_t device)
+{
+	struct cow_node *n = cow_node_find(m, depth, node, device);
+
+	if (!n)
+		return cow_node_add(m, depth, node, device);
+	cow_node_begin_epoch(m, n);
+	return n;
+}
+
+/* ---- epochs ---- */
+
+static void add_epoch(struct bs_cow_epoch *to, const struct bs_cow_epoch *from)
+{
+	to->blocks_allocated += from->blocks_allocated;
+	to->blocks_freed += from->blocks_freed;
+	to->blocks_exclusive += from->blocks_exclusive;
+}
+
+/* What the running epoch adds to its own record, and to that of the snapshot at its beginning. */
+static struct bs_cow_epoch running_epoch(const struct cow_level *l)
+{
+	return (struct bs_cow_epoch){.blocks_allocated = l->sums.allocated - l->before.allocated,
+		.blocks_freed = l->sums.freed - l->before.freed};
+}
+
+static struct bs_cow_epoch superseded(const struct cow_level *l)
+{
+	return (struct bs_cow_epoch){.blocks_exclusive = l->sums.superseded - l->before.superseded};
+}
+
+static uint64_t record_of(const struct bs_cow_model *m, uint32_t epoch)
+{
+	return (epoch - 1) / m->epochs_a_record;
+}
+
+/* Let each record stand for twice as many epochs. */
+static void halve_records(struct bs_cow_model *m)
+{
+	uint64_t n = m->nr_sizes;
+
+	for (uint64_t r = 0; r < MAX_RECORDS; r += 2)
+		for (uint64_t i = 0; i < n; i++) {
+			struct bs_cow_epoch sum = m->epochs[r * n + i];
+
+			add_epoch(&sum, &m->epochs[(r + 1) * n + i]);
+			m->epochs[r / 2 * n + i] = sum;
+		}
+	memset(m->epochs + MAX_RECORDS / 2 * n, 0, MAX_RECORDS / 2 * n * sizeof(*m->epochs));
+	m->epochs_a_record *= 2;
+}
+
+/* Make room for the record of the running epoch. */
+static int reserve_record(struct bs_cow_model *m)
+{
+	uint64_t needed = record_of(m, m->epoch) + 1, capacity = m->records ? m->records * 2 : 16;
+
+	if (needed <= m->records)
+		return 0;
+	if (needed > MAX_RECORDS) {
+		halve_records(m);
+		return 0;
+	}
+	struct bs_cow_epoch *epochs = realloc(m->epochs, capacity * m->nr_sizes * sizeof(*epochs));
+	if (!epochs)
+		return bs_fail(-ENOMEM, "out of memory");
+	memset(epochs + m->records * m->nr_sizes, 0, (capacity - m->records) * m->nr_sizes * sizeof(*epochs));
+	m->epochs = epochs;
+	m->records = capacity;
+	return 0;
+}
+
+static void end_epoch(struct bs_cow_model *m)
+{
+	for (int i = 0; i < m->nr_sizes; i++) {
+		struct cow_level *l = &m->levels[m->sizes[i]];
+		struct bs_cow_epoch ended = running_epoch(l), before = superseded(l);
+
+		add_epoch(&m->epochs[record_of(m, m->epoch) * m->nr_sizes + i], &ended);
+		if (m->epoch > 1)
+			add_epoch(&m->epochs[record_of(m, m->epoch - 1) * m->nr_sizes + i], &before);
+		l->before = l->sums;
+	}
+	m->epoch++;
+	m->writes = m->bytes = 0;
+	m->dirty = false;
+	m->trace.snapshots++;
+}
+
+int bs_cow_model_snapshot(struct bs_cow_model *m)
+{
+	int r = m->epoch == UINT32_MAX ? bs_fail(-EOVERFLOW, "more than %u snapshots", m->epoch - 1)
+				       : reserve_record(m);
+
+	if (r < 0)
+		return r;
+	cow_metadata_commit(m, true);
+	end_epoch(m);
+	return 0;
+}
+
+/* ---- time ---- */
+
+/* The first multiple of an interval since the trace began that is later than time. */
+static uint64_t next_multiple(const struct bs_cow_model *m, uint64_t interval, uint64_t time)
+{
+	uint64_t since, sum;
+
+	if (!interval ||
+		__builtin_mul_overflow((time - m->trace.first_time) / interval + 1, interval, &since) ||
+		__builtin_add_overflow(m->trace.first_time, since, &sum))
+		return UINT64_MAX;
+	return sum;
+}
+
+/* The clock of the trace has reached next_time. */
+static int pass_time(struct bs_cow_model *m, uint64_t time)
+{
+	int r = 0;
+
+	if (time >= m->next_commit)
+		cow_metadata_commit(m, false);
+	if (time >= m->next_snapshot && m->dirty)
+		r = bs_cow_model_snapshot(m);
+	m->next_commit = next_multiple(m, m->options.commit_ns, time);
+	m->next_snapshot = next_multiple(m, m->options.snapshot_ns, time);
+	m->next_time = cow_minimum(m->next_commit, m->next_snapshot);
+	return r;
+}
+
+/* ---- requests ---- */
+
+/* Nothing is to be done if every smallest block of the range was written in this epoch. */
+static inline void write(struct bs_cow_model *m, const struct cow_range *range)
+{
+	uint64_t first = range->begin >> m->base_shift, last = (range->end - 1) >> m->base_shift;
+	uint64_t mask = ~0ull << (first & 63) & ~0ull >> (63 - (last & 63));
+	struct cow_node *n = cow_node_find(m, 0, first >> 6, range->device);
+
+	if (first >> 6 != last >> 6 || !n || n->key.stamp != m->epoch || mask & ~n->current.w[0])
+		cow_write(m, range, n);
+}
+
+static int snapshot_if_due(struct bs_cow_model *m)
+{
+	if (m->writes < m->snapshot_writes && m->bytes < m->snapshot_bytes)
+		return 0;
+	return bs_cow_model_snapshot(m);
+}
+
+static int take_write(struct bs_cow_model *m, const struct bs_request *request)
+{
+	struct cow_range range = {request->offset, request->offset + request->length, request->device};
+
+	m->trace.writes++;
+	m->trace.written_bytes += request->length;
+	m->writes++;
+	m->bytes += request->length;
+	m->dirty = true;
+	if (request->length)
+		write(m, &range);
+	return snapshot_if_due(m);
+}
+
+static int take_discard(struct bs_cow_model *m, const struct bs_request *request)
+{
+	struct cow_range range = {request->offset, request->offset + request->length, request->device};
+
+	m->trace.discards++;
+	m->trace.discarded_bytes += request->length;
+	m->dirty = true;
+	if (request->length)
+		cow_discard(m, &range);
+	return 0;
+}
+
+static int check(const struct bs_cow_model *m, const struct bs_request *request)
+{
+	static const char *const names[] = {"read", "write", "discard"};
+
+	if (request->kind == BS_REQUEST_FLUSH)
+		return 0;
+	if (request->kind > BS_REQUEST_FLUSH)
+		return bs_fail(-EINVAL, "request %" PRIu64 " is of an unknown kind, %u", m->trace.requests,
+			request->kind);
+	if (request->offset > COW_MAX_END || request->length > COW_MAX_END - request->offset)
+		return bs_fail(-EINVAL,
+			"request %" PRIu64 ", a %s of %" PRIu64 " bytes at %" PRIu64 ", is beyond 2^63 bytes",
+			m->trace.requests, names[request->kind], request->length, request->offset);
+	if (request->kind == BS_REQUEST_WRITE && request->length > COW_MAX_WRITE)
+		return bs_fail(-EINVAL,
+			"request %" PRIu64 ", a write of %" PRIu64 " bytes, is larger than any device takes",
+			m->trace.requests, request->length);
+	return 0;
+}
+
+/* Any request. */
+static int take(struct bs_cow_model *m, const struct bs_request *request)
+{
+	int r = check(m, request);
+
+	if (r == 0 && request->time >= m->next_time)
+		r = pass_time(m, request->time);
+	if (r < 0)
+		return r;
+	m->trace.requests++;
+	if (request->kind == BS_REQUEST_FLUSH) {
+		m->trace.flushes++;
+		cow_metadata_commit(m, false);
+		return 0;
+	}
+	if (request->offset + request->length > m->trace.highest_byte) {
+		m->trace.highest_byte = request->offset + request->length;
+		if (m->trace.highest_byte >= m->grows_at)
+			cow_metadata_grow(m, m->trace.highest_byte);
+	}
+	if (request->kind == BS_REQUEST_WRITE)
+		return take_write(m, request);
+	if (request->kind == BS_REQUEST_DISCARD)
+		return take_discard(m, request);
+	m->trace.reads++;
+	m->trace.read_bytes += request->length;
+	return 0;
+}
+
+static inline void prefetch(const struct bs_cow_model *m, const struct bs_request *request)
+{
+	uint64_t node = request->offset >> m->base_shift >> 6;
+
+	__builtin_prefetch(cow_table_slot(&m->leaves, sizeof(struct cow_node), node, request->device));
+}
+
+/* Take writes as long as nothing else happens: no growth of the device, no event of time, no snapshot before the last
+ * one. Returns their number. */
+static uint64_t take_writes(struct bs_cow_model *m, const struct bs_request *requests, uint64_t count)
+{
+	uint64_t highest = m->trace.highest_byte, time = m->next_time, bytes = 0, i = 0;
+	uint64_t end = cow_minimum(count, m->snapshot_writes - m->writes);
+
+	for (; i < end && m->bytes + bytes < m->snapshot_bytes; i++) {
+		const struct bs_request *r = &requests[i];
+		struct cow_range range = {r->offset, r->offset + r->length, r->device};
+
+		if (r->kind != BS_REQUEST_WRITE || r->length - 1 >= COW_MAX_WRITE || r->time >= time ||
+			r->offset >= highest || range.end > highest)
+			break;
+		prefetch(m, &requests[i + AHEAD < count ? i + AHEAD : i]);
+		bytes += r->length;
+		write(m, &range);
+	}
+	m->trace.requests += i;
+	m->trace.writes += i;
+	m->trace.written_bytes += bytes;
+	m->writes += i;
+	m->bytes += bytes;
+	m->dirty |= i > 0;
+	return i;
+}
+
+static void begin(struct bs_cow_model *m, uint64_t time)
+{
+	m->trace.first_time = time;
+	m->next_commit = next_multiple(m, m->options.commit_ns, time);
+	m->next_snapshot = next_multiple(m, m->options.snapshot_ns, time);
+	m->next_time = cow_minimum(m->next_commit, m->next_snapshot);
+}
+
+int bs_cow_model_feed(struct bs_cow_model *m, const struct bs_request *requests, uint64_t count)
+{
+	int r = 0;
+
+	if (count && !m->trace.requests)
+		begin(m, requests[0].time);
+	for (uint64_t i = 0; r == 0 && i < count;) {
+		uint64_t n = take_writes(m, requests + i, count - i);
+
+		r = n ? snapshot_if_due(m) : take(m, &requests[i]);
+		i += n ? n : 1;
+		if (r == 0)
+			m->trace.last_time = requests[i - 1].time;
+		if (m->out_of_memory)
+			r = bs_fail(-ENOMEM, "out of memory after %" PRIu64 " requests", m->trace.requests);
+	}
+	return r;
+}
+
+/* ---- results ---- */
+
+void bs_cow_model_trace(const struct bs_cow_model *m, struct bs_cow_trace *ret)
+{
+	*ret = m->trace;
+	ret->memory_bytes = sizeof(*m) + m->records * m->nr_sizes * sizeof(*m->epochs) +
+			    cow_table_bytes(&m->leaves) + cow_table_bytes(&m->inners) +
+			    cow_table_bytes(&m->marks) + cow_table_bytes(&m->counted);
+}
+
+int bs_cow_model_results(struct bs_cow_model *m, struct bs_cow_result *out, int capacity)
+{
+	uint64_t pending[COW_LEVELS];
+
+	cow_metadata_pending(m, pending);
+	for (int i = 0; i < m->nr_sizes && i < capacity; i++) {
+		int level = m->sizes[i];
+		const struct cow_sums *sums = &m->levels[level].sums;
+
+		out[i] = (struct bs_cow_result){
+			.block_size = 1ull << cow_shift(m, level),
+			.blocks_provisioned = sums->provisioned,
+			.blocks_copied = sums->copied,
+			.blocks_overwritten = sums->allocated - sums->provisioned - sums->copied,
+			.blocks_discarded = sums->discarded,
+			.blocks_freed = sums->freed,
+			.copied_bytes = sums->copied_bytes,
+			.zero_filled_bytes = sums->filled_bytes,
+			.metadata_blocks = m->levels[level].metadata_blocks + pending[level],
+			.commits = m->levels[level].commits + (pending[level] > 0),
+		};
+	}
+	return m->nr_sizes;
+}
+
+int bs_cow_model_epochs(
+	const struct bs_cow_model *m, int size, uint64_t begin, struct bs_cow_epoch *out, int capacity)
+{
+	uint64_t last = record_of(m, m->epoch);
+	int n = 0;
+
+	if (size < 0 || size >= m->nr_sizes)
+		return bs_fail(-EINVAL, "the model has %d block sizes", m->nr_sizes);
+	const struct cow_level *l = &m->levels[m->sizes[size]];
+	for (; n < capacity && begin <= last; n++, begin++) {
+		out[n] = (struct bs_cow_epoch){0};
+		if (begin < m->records)
+			out[n] = m->epochs[begin * m->nr_sizes + size];
+		if (m->epoch > 1 && begin == record_of(m, m->epoch - 1)) {
+			struct bs_cow_epoch before = superseded(l);
+
+			add_epoch(&out[n], &before);
+		}
+		if (begin == last) {
+			struct bs_cow_epoch running = running_epoch(l);
+
+			running.blocks_exclusive = running.blocks_allocated - running.blocks_freed;
+			add_epoch(&out[n], &running);
+		}
+	}
+	return n;
+}
+
+uint64_t bs_cow_model_epochs_a_record(const struct bs_cow_model *m)
+{
+	return m->epochs_a_record;
+}

@@ -1,0 +1,194 @@
+"""The copy-on-write model again, slow and obvious: one block size, one dictionary entry a block."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from blocksnap.traces.request import DISCARD, FLUSH, REQUEST, WRITE, Requests
+
+__all__ = ["Request", "SlowModel", "requests_of"]
+
+Request = tuple[int, int, int, int, int]
+"""time, offset, length, kind, device."""
+
+PARENT = 0
+HOLE = -1
+ZERO_PIECE = 64 << 10
+LEAF = 252 // 3 * 2
+BITMAP = 16320
+FIXED_BLOCKS = 6
+
+
+def requests_of(array: Requests) -> list[Request]:
+    assert array.dtype == REQUEST
+    return [tuple(row) for row in array.tolist()]
+
+
+@dataclass
+class SlowModel:
+    """Each block of each device was allocated in an epoch, from 1 on, or is a hole, or the parent's."""
+
+    block_size: int
+    fresh: bool = False
+    keep_parts: bool = False
+    snapshot_writes: int = 0
+    snapshot_bytes: int = 0
+    snapshot_ns: int = 0
+    commit_ns: int = 0
+    device_bytes: int = 0
+    epoch: int = 1
+    counts: Counter[str] = field(default_factory=Counter)
+    allocated: Counter[int] = field(default_factory=Counter)
+    freed: Counter[int] = field(default_factory=Counter)
+    exclusive: Counter[int] = field(default_factory=Counter)
+    blocks: dict[tuple[int, int], int] = field(default_factory=dict)
+    _changed_nodes: set[tuple[object, ...]] = field(default_factory=set)
+    _new_blocks: int = 0
+    _first_time: int | None = None
+    _last_time: int = 0
+    _writes: int = 0
+    _bytes: int = 0
+    _changed: bool = False
+
+    def feed(self, requests: list[Request]) -> None:
+        for time, offset, length, kind, device in requests:
+            self._pass_time(time)
+            if kind != FLUSH:
+                self.device_bytes = max(self.device_bytes, offset + length)
+            if kind == FLUSH:
+                self._commit()
+            elif kind == DISCARD:
+                self._changed = True
+                self._discard(device, offset, length)
+            elif kind == WRITE:
+                self._changed = True
+                self._write(device, offset, length)
+
+    def snapshot(self) -> None:
+        self._commit(snapshot=True)
+        self.epoch += 1
+        self._writes = self._bytes = 0
+        self._changed = False
+
+    def result(self) -> dict[str, int]:
+        """Return the counts by the names of BlockSizeResult; what is pending of metadata is committed."""
+        self._commit()
+        names = ["provisioned", "copied", "overwritten", "discarded", "freed"]
+        return {
+            "block_size": self.block_size,
+            **{f"blocks_{name}": self.counts[name] for name in names},
+            "copied_bytes": self.counts["copied_bytes"],
+            "zero_filled_bytes": self.counts["zero_filled_bytes"],
+            "metadata_blocks": self.counts["metadata_blocks"],
+            "commits": self.counts["commits"],
+        }
+
+    def epochs(self) -> list[tuple[int, int, int]]:
+        """Return the blocks allocated, freed and exclusively held of each epoch."""
+        exclusive = self.exclusive.copy()
+        exclusive[self.epoch] = self.allocated[self.epoch] - self.freed[self.epoch]
+        return [(self.allocated[e], self.freed[e], exclusive[e]) for e in range(1, self.epoch + 1)]
+
+    # ---- what happens to a block
+
+    def _state(self, key: tuple[int, int]) -> int:
+        return self.blocks.get(key, HOLE if self.fresh else PARENT)
+
+    def _leave(self, key: tuple[int, int]) -> None:
+        """The block's present mapping goes."""
+        if self._state(key) == self.epoch - 1 >= 1:
+            self.exclusive[self.epoch - 1] += 1
+
+    def _allocate(self, key: tuple[int, int], piece: int) -> None:
+        """The first piece of so many bytes meets a block that is not of this epoch."""
+        if self._state(key) == HOLE:
+            self.counts["provisioned"] += 1
+            self.counts["zero_filled_bytes"] += self.block_size - piece
+        elif piece == self.block_size:
+            self.counts["overwritten"] += 1
+        else:
+            self.counts["copied"] += 1
+            self.counts["copied_bytes"] += self.block_size - piece
+        self._leave(key)
+        self._change_metadata(key)
+        self._new_blocks += 1
+        self.allocated[self.epoch] += 1
+        self.blocks[key] = self.epoch
+
+    def _unmap(self, key: tuple[int, int]) -> None:
+        if self._state(key) == HOLE:
+            return
+        self.counts["discarded"] += 1
+        if self._state(key) == self.epoch:
+            self.counts["freed"] += 1
+            self.freed[self.epoch] += 1
+        self._leave(key)
+        self._change_metadata(key)
+        self.blocks[key] = HOLE
+
+    # ---- requests
+
+    def _pieces(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """Cut a request at block boundaries: yield each block and how many bytes of it are meant."""
+        end = offset + length
+        while offset < end:
+            block = offset // self.block_size
+            piece_end = min(end, (block + 1) * self.block_size)
+            yield block, piece_end - offset
+            offset = piece_end
+
+    def _write(self, device: int, offset: int, length: int) -> None:
+        for block, piece in self._pieces(offset, length):
+            if self._state((device, block)) != self.epoch:
+                self._allocate((device, block), piece)
+        self._writes += 1
+        self._bytes += length
+        enough_writes = self.snapshot_writes and self._writes >= self.snapshot_writes
+        enough_bytes = self.snapshot_bytes and self._bytes >= self.snapshot_bytes
+        if enough_writes or enough_bytes:
+            self.snapshot()
+
+    def _discard(self, device: int, offset: int, length: int) -> None:
+        for block, piece in self._pieces(offset, length):
+            key = device, block
+            if piece == self.block_size:
+                self._unmap(key)
+            elif self._state(key) != HOLE and not self.keep_parts:
+                self.counts["zero_filled_bytes"] += piece
+                if self._state(key) != self.epoch:
+                    self._allocate(key, min(piece, ZERO_PIECE))
+
+    def _pass_time(self, time: int) -> None:
+        if self._first_time is None:
+            self._first_time = self._last_time = time
+        begin, before, now = self._first_time, self._last_time - self._first_time, time - self._first_time
+        if self.commit_ns and now // self.commit_ns > before // self.commit_ns:
+            self._commit()
+        if self.snapshot_ns and now // self.snapshot_ns > before // self.snapshot_ns and self._changed:
+            self.snapshot()
+        self._last_time = max(self._last_time, begin, time)
+
+    # ---- metadata
+
+    def _change_metadata(self, key: tuple[int, int]) -> None:
+        """Note the bitmap of the old block and the nodes of the mapping tree, from the leaf to the root.
+
+        Where one is noted already, so are those above it.
+        """
+        device, block = key
+        blocks = self.device_bytes // self.block_size + 1
+        place, capacity, height = block // LEAF, LEAF, 0
+        while ("node", height, device, place) not in self._changed_nodes:
+            self._changed_nodes.add(("bitmap", device, block // LEAF * LEAF // BITMAP))
+            self._changed_nodes.add(("node", height, device, place))
+            if capacity >= blocks:
+                break
+            place, capacity, height = place // LEAF, capacity * LEAF, height + 1
+
+    def _commit(self, snapshot: bool = False) -> None:
+        if self._changed_nodes or snapshot:
+            new_bitmaps = -(-self._new_blocks // BITMAP)
+            self.counts["metadata_blocks"] += FIXED_BLOCKS + len(self._changed_nodes) + new_bitmaps
+            self.counts["commits"] += 1
+        self._changed_nodes.clear()
+        self._new_blocks = 0

@@ -69,7 +69,7 @@ def require_undamaged(metadata: PathArgument) -> metadata_walks.CheckReport:
         first = next(each for each in report.findings if each.severity == "fatal")
         raise DamagedMetadataError(
             f'the metadata of the pool are damaged ({first.text}): "blocksnap pool check" tells all,'
-            " thin_repair restores them to a new device"
+            ' "blocksnap pool repair" makes new ones'
         )
     return report
 

@@ -37,6 +37,7 @@ __all__ = [
     "devices",
     "dump",
     "end_of_mappings",
+    "mapped_blocks",
     "mappings",
     "usage",
     "write_delta",
@@ -222,6 +223,14 @@ def usage(path: Path, *, held: bool = False) -> tuple[BlockUsage, ...]:
         if count <= capacity:
             return tuple(BlockUsage(one.id, one.mapped_blocks, one.exclusive_blocks) for one in out[0:count])
         capacity = count
+
+
+def mapped_blocks(path: Path, data_blocks: int, *, held: bool = False) -> NDArray[np.uint8]:
+    """Return a bit for each of the data blocks, the lowest of a byte first: whether any device maps it."""
+    bits = np.zeros(-(-data_blocks // 8), np.uint8)
+    out = ffi.from_buffer("uint8_t[]", bits, require_writable=True)
+    _check(lib.bs_metadata_mapped_blocks(_encoded(path), held, out, data_blocks))
+    return bits
 
 
 def devices(path: Path, *, held: bool = False) -> list[DeviceInfo]:

@@ -300,6 +300,11 @@ class Pool:
         with self._walk() as metadata:
             return reverse_mappings(metadata.path, begin, end, held=metadata.held)
 
+    def mapped_blocks(self) -> NDArray[np.uint8]:
+        """Return a bit for each data block, the lowest of a byte first: whether any device maps it."""
+        with self._walk() as now:
+            return metadata_walks.mapped_blocks(now.path, self._engine.status().data_blocks, held=now.held)
+
     def write_delta(self, left: ThinDevice | str, right: ThinDevice | str, output: int) -> None:
         """Write to a file descriptor what `thin_delta` prints for two devices."""
         ids = self._id_of(left), self._id_of(right)

@@ -141,6 +141,10 @@ class PoolClient:
         """Return who uses the data blocks from begin to before end, as Pool.reverse_mappings does."""
         return np.frombuffer(self.ask("reverse_mappings", begin=begin, end=end).payload, REVERSE_MAPPING)
 
+    def mapped_blocks(self) -> NDArray[np.uint8]:
+        """Return a bit for each data block, as Pool.mapped_blocks does."""
+        return np.frombuffer(self.ask("mapped_blocks").payload, np.uint8)
+
     def write_delta(self, left: RemoteDevice | str, right: RemoteDevice | str, output: int) -> None:
         """Write to a file descriptor what `thin_delta` prints for two devices."""
         with _regular_file(output) as file:

@@ -143,6 +143,11 @@ class PoolService:
         found = self._pool.reverse_mappings(begin, end)
         return Answer(len(found), found)
 
+    def mapped_blocks(self) -> Answer:
+        with self._walking:
+            found = self._pool.mapped_blocks()
+        return Answer(len(found), found)
+
     def write_delta(self, left: str, right: str, output: int) -> None:
         with self._walking:
             self._pool.write_delta(left, right, output)

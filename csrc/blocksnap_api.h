@@ -172,8 +172,6 @@ int bs_metadata_mappings(
 
 /* Set the bit (of nr_bits, the lowest of a byte first) of each data block that a device maps. */
 int bs_metadata_mapped_blocks(const char *metadata, int held, uint8_t *bits, uint64_t nr_bits);
-/* Let the I/O of the calling thread wait for that of all others, where the block layer knows priorities. */
-int bs_io_idle(void);
 
 /* ---- repair (thin_repair.c) ---- */
 
@@ -246,6 +244,8 @@ int bs_filesystem_sync(const char *path);
  * -ETIMEDOUT. The end of this process, by whatever signal, thaws it too. */
 int bs_filesystem_freeze(const char *path, int timeout_ms);
 int bs_filesystem_thaw(const char *path);
+/* Let the I/O of the calling thread wait for that of all others, where the block layer knows priorities. */
+int bs_io_idle(void);
 
 /* ---- FUSE export (fuse_export.c) ---- */
 

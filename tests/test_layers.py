@@ -39,6 +39,7 @@ PYTHON_LAYERS = [
     {"pool_protocol"},
     {"pool_service", "remote_device"},
     {"pool_client", "pool_server"},
+    {"pool_repair", "pool_scrub"},
     {"drivers", "oci"},
     {"graph_names"},
     {"graph_store"},
@@ -62,11 +63,11 @@ C_LAYERS = [
     {"space_map_ll"},
     {"space_map_disk", "space_map_metadata"},
     {"thin_metadata"},
-    {"thin_check", "thin_delta", "thin_dump", "thin_ls", "thin_repair", "thin_usage"},
+    {"thin_check", "thin_delta", "thin_dump", "thin_ls", "thin_mapped", "thin_repair", "thin_usage"},
     {"map_cache"},
     {"engine"},
     {"dm_reply", "trace_names", "cow_table"},
-    {"fuse_export", "mount", "loop", "confined", "dm_ioctl"},
+    {"fuse_export", "mount", "loop", "confined", "io_priority", "dm_ioctl"},
     {"cow_model", "trace_text", "trace_blktrace", "trace_vscsi", "trace_srt"},
 ]
 # One concept in several files, with a header of their own between them.

@@ -1,14 +1,16 @@
-"""blocksnap pool: create, status, check, dump, delta, rmap, usage, extend, adopt."""
+"""blocksnap pool: create, status, check, repair, scrub, dump, delta, rmap, usage, extend, adopt."""
 
 import re
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
+from .. import pool_repair, pool_scrub
 from ..engines import DEFAULT_ENGINE
 from ..metadata import DELTA_KINDS
 from ..pool import Pool
@@ -27,6 +29,7 @@ from .pools import (
     open_image,
     open_pool,
     progress_bar,
+    refuse_served,
 )
 
 __all__ = ["app"]
@@ -168,6 +171,95 @@ def check(
     damage = f"{report.fatal} fatal findings, {report.leaks} leaked blocks" if report.damaged else "no damage"
     typer.echo(f"{report.devices} thin devices, {report.mappings} mappings: {damage}")
     return DAMAGE_FOUND if report.damaged else 0
+
+
+@app.command()
+def repair(
+    path: PathArgument = None,
+    swap: Annotated[
+        bool, typer.Option("--swap", help="Put the new metadata in the place of the old, which are kept.")
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="DEV", help="Where to put the new metadata: a device or a file."),
+    ] = None,
+    block_size: Annotated[
+        int | None,
+        typer.Option(
+            "--block-size", metavar="SIZE", parser=parse_size_option, help="Needed if the superblock is lost."
+        ),
+    ] = None,
+    metadata: MetadataOption = None,
+    data: DataOption = None,
+    catalog: CatalogOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Build new metadata from what can be read of damaged ones; exit 3 if something is lost."""
+    location, _ = locate([path], [], metadata, data, catalog)
+    if location.path is not None:
+        refuse_served(location)
+    found = pool_repair.repair(
+        location.path,
+        metadata=metadata,
+        data=data,
+        catalog=catalog,
+        output=output,
+        swap=swap,
+        block_size=block_size,
+    )
+    if as_json:
+        print_json({**asdict(found), "complete": found.complete})
+    else:
+        _print_repair(found)
+    return 0 if found.complete else DAMAGE_FOUND
+
+
+def _print_repair(found: pool_repair.PoolRepair) -> None:
+    for change in found.changes:
+        typer.echo(f"changed: {change}")
+    if not found.complete:
+        table = Table("lost", "offset", "length", "reason")
+        for device in found.lost_devices:
+            table.add_row(device.name or f"id {device.id}", "0", "all", device.reason)
+        for lost in found.lost_ranges:
+            length = "to the end" if lost.length is None else format_size(lost.length)
+            table.add_row(lost.name or f"id {lost.id}", format_size(lost.offset), length, lost.reason)
+        stdout.print(table)
+    mapped = sum(device.mapped_bytes for device in found.devices)
+    typer.echo(f"saved: {len(found.devices)} thin devices with {format_size(mapped)} mapped")
+    typer.echo(f"new metadata: {found.metadata}")
+    typer.echo(f"damaged metadata: {found.damaged}")
+
+
+@app.command()
+def scrub(
+    path: PathArgument = None,
+    metadata: MetadataOption = None,
+    data: DataOption = None,
+    catalog: CatalogOption = None,
+    engine: EngineOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Read all mapped data; tell what cannot be read by thin device and offset; exit 3 if anything."""
+    location, _ = locate([path], [], metadata, data, catalog, engine)
+    with progress_bar("reading") as progress:
+        found = pool_scrub.scrub(lambda: open_pool(location, read_only=True), location.files.data, progress)
+    if as_json:
+        print_json(found)
+    else:
+        _print_scrub(found)
+    return DAMAGE_FOUND if found.unreadable else 0
+
+
+def _print_scrub(found: pool_scrub.Scrub) -> None:
+    if found.unreadable:
+        table = Table("device", "offset", "length", "at byte of the data")
+        for one in found.unreadable:
+            place = ("-", "-") if one.device is None else (one.device, str(one.offset))
+            table.add_row(*place, str(one.length), str(one.data_offset))
+        stdout.print(table)
+    damage = f"{format_size(found.unreadable_bytes)} cannot be read" if found.unreadable else "no damage"
+    typer.echo(f"{format_size(found.read_bytes)} read: {damage}")
 
 
 @app.command()

@@ -30,6 +30,7 @@ __all__ = [
     "open_image",
     "open_pool",
     "progress_bar",
+    "refuse_served",
     "serve_pool",
 ]
 
@@ -140,6 +141,15 @@ def _open(location: Location, *, read_only: bool, adopt: bool) -> Pool:
 def open_image(location: Location) -> PoolImage | PoolClient:
     """Open what can be read of a pool even when it is damaged, or connect to the process that serves it."""
     return _connect(location) or PoolImage(location.files)
+
+
+def refuse_served(location: Location) -> None:
+    """Raise BusyError if a process serves the pool."""
+    if (client := _connect(location)) is not None:
+        with client:
+            raise BusyError(
+                f"process {client.server_pid} serves pool {location.files}: unmount what it has mounted"
+            )
 
 
 def serve_pool(location: Location) -> PoolClient:

@@ -10,7 +10,7 @@ import errno
 import mmap
 import os
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ _SECTOR = 4096
 _WINDOW = 1 << 17
 """Bytes of the bitmap that are looked at together: a million blocks."""
 
-Opener = Callable[[], Pool | PoolClient]
+Opener = Callable[[], AbstractContextManager[Pool | PoolClient]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,7 +67,7 @@ class _Active:
         if self.process is not None:
             return self.process.is_mounted()
         assert self.source is not None
-        return self.source.is_mounted()
+        return self.source.mount_entry() is not None
 
     def unmount(self, *, lazy: bool) -> None:
         try:
@@ -110,6 +110,8 @@ class DeviceMounts:
         self._devices: dict[str, _Device] = {}
         self._lock = threading.Lock()
         self._shown = shown_devices(pool, export)
+        for device in pool.taken_over():
+            self._take_over(device.name)
 
     # ---- questions
 
@@ -292,6 +294,19 @@ class DeviceMounts:
         mount.mount(source.path, target, kind, read_only=read_only, noatime=True, options=chosen)
         shown = DeviceMount(name, target, kind, source.loop, read_only, source.path)
         return _Active(shown, handle, source, written_before=before)
+
+    def _take_over(self, name: str) -> None:
+        """Go on with the mount of a device that a killed process left."""
+        with ExitStack() as stack:
+            handle, path = self._show(name, stack)
+            source = self._attach(path, handle, stack)
+            entry = source.mount_entry()
+            if entry is not None:
+                read_only = "ro" in entry.options.split(",")
+                shown = DeviceMount(name, entry.target, entry.fstype, source.loop, read_only, source.path)
+                active = _Active(shown, handle, source, written_before=source.written_bytes())
+                self._device(name).active = active
+                stack.pop_all()
 
     def _deactivate(
         self, name: str, device: _Device, *, lazy: bool = False, patience: float = _DETACH_SECONDS

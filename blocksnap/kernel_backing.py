@@ -12,11 +12,19 @@ from os import PathLike, fspath
 from typing import Self
 
 from . import metadata as metadata_walks
-from .dm_target import DeviceNumber
+from .dm_target import DeviceNumber, ThinPoolTarget
 from .errors import BusyError, DamagedMetadataError, NotSupportedError, PoolFormatError, system_errors
-from .mount import LoopDevice
+from .mount import LoopDevice, backing_loops
 
-__all__ = ["Backing", "Superblock", "identity_of", "locked", "require_block_size", "require_undamaged"]
+__all__ = [
+    "Backing",
+    "Superblock",
+    "identity_of",
+    "locked",
+    "pool_target",
+    "require_block_size",
+    "require_undamaged",
+]
 
 _METADATA_BLOCK_SIZE = 4096
 _SECTOR = 512
@@ -99,20 +107,45 @@ def locked(metadata: PathArgument, *, shared: bool = False) -> Iterator[None]:
         os.close(descriptor)
 
 
+def pool_target(
+    superblock: Superblock, metadata: "Backing", data: "Backing", *, read_only: bool, passdown: bool
+) -> ThinPoolTarget:
+    """Return what the kernel needs to run a pool. Raises PoolFormatError if its data device is too small."""
+    length = superblock.data_blocks * superblock.block_size
+    if data.size < length:
+        raise PoolFormatError(
+            f"{fspath(data.path)} has {data.size} bytes, the pool says {length}: restore its size"
+        )
+    return ThinPoolTarget(
+        length,
+        metadata.number,
+        data.number,
+        superblock.block_size,
+        no_discard_passdown=not passdown,
+        read_only=read_only,
+        error_if_no_space=True,
+    )
+
+
 class Backing:
     """The block device of one part of a pool: itself, or a loop device over a file.
 
     The loop device goes with its last user even if this process is killed.
     """
 
-    def __init__(self, path: PathArgument, *, read_only: bool = False) -> None:
+    def __init__(
+        self, path: PathArgument, *, read_only: bool = False, live: DeviceNumber | None = None
+    ) -> None:
+        """`live` is the device that a live pool has for it already."""
         self.path = path
         self._loop: LoopDevice | None = None
         with system_errors(fspath(path)):
             is_file = stat.S_ISREG(os.stat(path).st_mode)
-        if is_file:
+        if is_file and live is not None:
+            self._loop = next((loop for loop in backing_loops(path) if loop.number == live.minor), None)
+        elif is_file:
             self._loop = LoopDevice.attach(path, read_only=read_only, direct_io=True, autoclear=True)
-        self.number = DeviceNumber.of(self._loop.path if self._loop else path)
+        self.number = live or DeviceNumber.of(self._loop.path if self._loop else path)
 
     @property
     def direct_io(self) -> bool:

@@ -1,15 +1,46 @@
-"""Devices and cookies that a process which ran a pool in the kernel left there when it was killed."""
+"""Devices and cookies that a process which ran a pool in the kernel left there when it was killed.
 
+What nobody uses is removed. A device that is mounted or open works on, and the pool with it: the kernel
+engine takes such a pool over as it is, the user engine names who uses it.
+"""
+
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from os import PathLike
 
-from .device_mapper import UUID_PREFIX, Control, Device
+from .device_mapper import UUID_PREFIX, Control, Device, ThinPoolTarget
 from .dm_cookie import remove_left_cookies
 from .errors import BlocksnapError, BusyError, NotSupportedError, PrivilegeError
 from .kernel_backing import identity_of, locked
 from .kernel_device import users_of
 
-__all__ = ["remove_devices", "remove_leftovers"]
+__all__ = ["LeftPool", "clear_devices", "remove_leftovers"]
+
+_SCAN_SECONDS = 1.0
+"""How long something that looks at every new device may have one open."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeftPool:
+    """A pool that is live in the kernel, and its thin devices in use by id."""
+
+    device: Device
+    thin: Mapping[int, Device]
+
+    @property
+    def target(self) -> ThinPoolTarget:
+        (target,) = self.device.table()
+        assert isinstance(target, ThinPoolTarget)
+        return target
+
+    def busy(self) -> BusyError:
+        """Return the error that says who uses it."""
+        device = next(iter(self.thin.values()))
+        return BusyError(
+            f"{device.path}, left by a process that was killed, is in use ({users_of(device)}):"
+            " unmount or close it first"
+        )
 
 
 def _leftovers(control: Control, identity: str) -> list[Device]:
@@ -23,25 +54,42 @@ def _leftovers(control: Control, identity: str) -> list[Device]:
     return sorted(found, key=lambda device: device.private)
 
 
-def remove_devices(control: Control, identity: str) -> None:
-    """Take the devices of a pool out of the kernel; the caller holds the lock of the pool."""
+def clear_devices(control: Control, identity: str) -> LeftPool | None:
+    """Take the devices of a pool that nobody uses out of the kernel; return what stays.
+
+    The caller holds the lock of the pool.
+    """
     found = _leftovers(control, identity)
     for device in reversed(found):  # a thin device cannot go while its pool is suspended
         if device.info().suspended:
             with suppress(BlocksnapError):
                 device.resume()
-    for device in found:
-        try:
-            device.remove()
-        except BusyError:
-            raise BusyError(
-                f"{device.path}, left by a process that was killed, is in use ({users_of(device)}):"
-                " unmount or close it first"
-            ) from None
+    used = {_id_of(device): device for device in found if not (device.private or _removed(device))}
+    pools = [device for device in found if device.private]
+    if used:
+        return LeftPool(pools[0], used)
+    for device in pools:
+        device.remove()
+    return None
 
 
-def remove_leftovers(metadata: str | PathLike[str]) -> None:
-    """Take a pool that a killed process left live out of the kernel; BusyError if its process lives."""
+def _id_of(device: Device) -> int:
+    return int(device.uuid.rpartition("-")[2])
+
+
+def _removed(device: Device) -> bool:
+    try:
+        device.remove(timeout=_SCAN_SECONDS)
+    except BusyError:
+        return False
+    return True
+
+
+def remove_leftovers(metadata: str | PathLike[str], *, take_over: bool = False) -> None:
+    """Take a pool that a killed process left live out of the kernel; BusyError if its process lives.
+
+    Devices in use are for the caller to take over, else BusyError says who uses them.
+    """
     try:
         control = Control.open()
     except (NotSupportedError, PrivilegeError):
@@ -49,6 +97,8 @@ def remove_leftovers(metadata: str | PathLike[str]) -> None:
     remove_left_cookies()
     with control:
         identity = identity_of(metadata)
-        if _leftovers(control, identity):
+        if not take_over and _leftovers(control, identity):
             with locked(metadata):
-                remove_devices(control, identity)
+                left = clear_devices(control, identity)
+            if left is not None:
+                raise left.busy()

@@ -35,7 +35,6 @@ from .errors import (
     BusyError,
     DeviceIOError,
     NoSpaceError,
-    PoolFormatError,
     PrivilegeError,
 )
 from .kernel_backing import (
@@ -43,12 +42,13 @@ from .kernel_backing import (
     Superblock,
     identity_of,
     locked,
+    pool_target,
     require_block_size,
     require_undamaged,
 )
 from .kernel_counters import KernelCounters
 from .kernel_device import ActiveDevice, KernelDevice, users_of
-from .kernel_leftovers import remove_devices
+from .kernel_leftovers import LeftPool, clear_devices
 from .metadata import DeviceInfo
 from .user_pool import EngineStatus, PoolCounters, UserPool
 
@@ -63,6 +63,8 @@ class KernelPool:
 
     name = "kernel"
     messages_commit = True
+    taken_over: frozenset[int] = frozenset()
+    """Devices that a killed process left in use."""
 
     def __init__(self, control: Control, metadata: Backing, data: Backing, what: str) -> None:
         # What even an abandoned pool lets go of, and what only a closed one does.
@@ -78,7 +80,6 @@ class KernelPool:
         self._commits = threading.Lock()
         self._begun = False
         self._closed = False
-        self._read_only = False
         self._nr_devices = 0
 
     # ---- making, opening, closing
@@ -104,55 +105,59 @@ class KernelPool:
     ) -> Self:
         """Lock a pool and make it live in the kernel; files become loop devices.
 
-        Raises NotSupportedError without device-mapper or for blocks that the kernel does not take,
-        DamagedMetadataError for metadata that must not reach the kernel, BusyError if it is in use.
+        A pool that a killed process left live, with devices in use, is taken over. Raises BusyError if it is
+        in use, NotSupportedError without device-mapper or for blocks that the kernel does not take,
+        DamagedMetadataError for metadata that must not reach the kernel.
         """
         with ExitStack() as held, ExitStack() as live:
             held.enter_context(locked(metadata, shared=read_only))
             control = held.enter_context(Control.open())
-            remove_devices(control, identity_of(metadata))
-            found = require_undamaged(metadata)
+            left = clear_devices(control, identity_of(metadata))
+            if left is not None and read_only:
+                raise left.busy()
+            nr_devices = require_undamaged(metadata).devices if left is None else 0
             superblock = Superblock.read(metadata)
             require_block_size(superblock.block_size)
             read_only = read_only or superblock.needs_check
+            numbers = (None, None) if left is None else (left.target.metadata, left.target.data)
             parts = []
-            for path in (metadata, data):
+            for path, number in zip((metadata, data), numbers, strict=True):
                 # The kernel opens the data device for writing even if it is not to.
-                parts.append(Backing(path, read_only=read_only and path is metadata))
-                live.callback(parts[-1].close)
+                part = Backing(path, read_only=read_only and path is metadata, live=number)
+                live.callback(part.close if left is None else part.abandon)
+                parts.append(part)
             pool = cls(control, parts[0], parts[1], f"the pool of {fspath(metadata)}")
-            pool._start(superblock, live, read_only=read_only, passdown=passdown)
-            pool._nr_devices = found.devices
+            pool._nr_devices = nr_devices
+            target = pool_target(superblock, *parts, read_only=read_only, passdown=passdown)
+            pool._start(target, live, left)
             pool._held, pool._live = held.pop_all(), live.pop_all()
         return pool
 
-    def _start(self, superblock: Superblock, live: ExitStack, *, read_only: bool, passdown: bool) -> None:
-        length = superblock.data_blocks * superblock.block_size
-        if self._data.size < length:
-            raise PoolFormatError(
-                f"{fspath(self._data.path)} has {self._data.size} bytes, the pool says {length}:"
-                " restore its size"
+    def _start(self, target: ThinPoolTarget, live: ExitStack, left: LeftPool | None) -> None:
+        if left is not None:
+            self._target, self._device = left.target, left.device
+        else:
+            self._target = target
+            self._device = Device.create(
+                self._control,
+                f"blocksnap-{self._identity}-pool",
+                [self._target],
+                uuid=f"{self._identity}-pool",
+                private=True,
             )
-        self._read_only = read_only
-        self._target = ThinPoolTarget(
-            length,
-            self._metadata.number,
-            self._data.number,
-            superblock.block_size,
-            no_discard_passdown=not passdown,
-            read_only=read_only,
-            error_if_no_space=True,
-        )
-        self._device = Device.create(
-            self._control,
-            f"blocksnap-{self._identity}-pool",
-            [self._target],
-            uuid=f"{self._identity}-pool",
-            private=True,
-        )
-        live.callback(self._device.remove)
-        self._counts = KernelCounters(self._device.number, self._metadata.number, superblock.block_size)
+            live.callback(self._device.remove)
+        self._read_only = self._target.read_only
+        self._counts = KernelCounters(self._device.number, self._metadata.number, self._target.block_size)
         self._last = self._require_status()
+        if left is not None:
+            self._take_over(left)
+            live.callback(self._device.remove)  # what failed before has left it as it was
+
+    def _take_over(self, left: LeftPool) -> None:
+        self._nr_devices = len(self.devices())
+        for device_id, device in left.thin.items():
+            self._active[device_id] = self._make_active(device_id, device, device.table()[0].length)
+        self.taken_over = frozenset(self._active)
 
     def close(self) -> None:
         """Commit and release. BusyError while a device is open: the pool then stays as it is."""
@@ -161,11 +166,15 @@ class KernelPool:
                 return
             if self._begun:
                 raise BusyError(f"{self._what} has a running transaction: end it first")
-            for device_id in list(self._active):
-                self._require_unused(device_id)
+            busy = [error for device_id in list(self._active) if (error := self._busy(device_id))]
+            if busy and not self.taken_over >= self._active.keys():
+                raise busy[0]
             if not self._read_only:
                 with suppress(BlocksnapError):  # what has failed is told by who opens it next
                     self._commit()
+            if busy:
+                self.abandon()  # it goes on as it did before this process came
+                return
             self._closed = True
             with self._held, self._live:
                 pass
@@ -344,24 +353,28 @@ class KernelPool:
         """Delete a device; BusyError, which tells by whom, while it is open."""
         with self._lock:
             self._require_open()
-            self._require_unused(device_id)
+            if busy := self._busy(device_id):
+                raise busy
             self._device.delete(device_id)
             self._nr_devices -= 1
 
     def open_device(self, device_id: int, size: int) -> KernelDevice:
         with self._lock:
             self._require_open()
-            what = f"thin device {device_id} of {self._what.removeprefix('the ')}"
             active = self._active.get(device_id)
             if active is None:
-                active = self._active[device_id] = self._activate(device_id, size, what)
+                active = self._active[device_id] = self._activate(device_id, size)
             active.open()
             active.handles += 1
+            what = self._called(device_id)
             handle = KernelDevice(active, what, self._commits, self._resize, self._release)
             self._handles = [each for each in self._handles if not each.closed] + [handle]
             return handle
 
-    def _activate(self, device_id: int, size: int, what: str) -> ActiveDevice:
+    def _called(self, device_id: int) -> str:
+        return f"thin device {device_id} of {self._what.removeprefix('the ')}"
+
+    def _activate(self, device_id: int, size: int) -> ActiveDevice:
         device = Device.create(
             self._control,
             f"blocksnap-{self._identity}-{device_id}",
@@ -370,13 +383,15 @@ class KernelPool:
             read_only=self._read_only,
         )
         try:
-            self._counts.watch(device.number)
-            return ActiveDevice(
-                device, size, self._target.block_size, what, self._counts, read_only=self._read_only
-            )
+            return self._make_active(device_id, device, size)
         except BaseException:
             device.remove()
             raise
+
+    def _make_active(self, device_id: int, device: Device, size: int) -> ActiveDevice:
+        self._counts.watch(device.number)
+        what, block_size = self._called(device_id), self._target.block_size
+        return ActiveDevice(device, size, block_size, what, self._counts, read_only=self._read_only)
 
     def _release(self, active: ActiveDevice) -> None:
         """Let a handle go; the last one takes the device out of the kernel, unless others have it open."""
@@ -400,18 +415,16 @@ class KernelPool:
             if each is active:
                 del self._active[device_id]
 
-    def _require_unused(self, device_id: int) -> None:
+    def _busy(self, device_id: int) -> BusyError | None:
+        """Return the error that says who uses a device; one that nobody uses leaves the kernel."""
         active = self._active.get(device_id)
-        if active is None:
-            return
-        if active.handles == 0:
+        if active is not None and active.handles == 0:
             with suppress(BusyError):
                 self._deactivate(active)
-        if device_id in self._active:
-            raise BusyError(
-                f"thin device {device_id} ({active.device.path}) of {self._what.removeprefix('the ')}"
-                f" is in use ({users_of(active.device)}): unmount or close it first"
-            )
+        if active is None or device_id not in self._active:
+            return None
+        what = f"{self._called(device_id)} ({active.device.path})"
+        return BusyError(f"{what} is in use ({users_of(active.device)}): unmount or close it first")
 
     def _resize(self, active: ActiveDevice, size: int) -> None:
         with self._lock:

@@ -138,7 +138,7 @@ class Pool:
         kind = engine_named(engine)
         files = PoolFiles.locate(path, metadata=metadata, data=data, catalog=catalog)
         files.require()
-        remove_leftovers(files.metadata)
+        remove_leftovers(files.metadata, take_over=kind.name == "kernel")
         if passdown is None:
             passdown = not fully_allocated(files.data)
         core = kind.open(
@@ -217,6 +217,11 @@ class Pool:
         """Return a thin device; DeviceNotFoundError if there is none of that name."""
         with self._lock:
             return self._device(self._table.named(name))
+
+    def taken_over(self) -> list[ThinDevice]:
+        """Return the devices in use that a killed process left in the kernel, and this one has taken over."""
+        with self._lock:
+            return [device for device in self.devices() if device.id in self._engine.taken_over]
 
     def create_device(self, name: str, size: Size, *, labels: Mapping[str, str] | None = None) -> ThinDevice:
         """Create a thin device that reads as zeros and takes no space until it is written to."""

@@ -32,7 +32,8 @@ class MountSource(ABC):
     """Whether a mount of it goes on when this process ends."""
 
     @abstractmethod
-    def is_mounted(self) -> bool: ...
+    def mount_entry(self) -> mount.MountEntry | None:
+        """Return the youngest mount of it."""
 
     @abstractmethod
     def written_bytes(self) -> int:
@@ -83,8 +84,8 @@ class _LoopDevice(MountSource):
         self._loop = mount.LoopDevice.attach(path, read_only=read_only, direct_io=True, autoclear=True)
         self.path = self.loop = self._loop.path
 
-    def is_mounted(self) -> bool:
-        return any(entry.source == self.path for entry in mount.mount_table())
+    def mount_entry(self) -> mount.MountEntry | None:
+        return next((each for each in reversed(mount.mount_table()) if each.source == self.path), None)
 
     def written_bytes(self) -> int:
         return self._loop.written_bytes()
@@ -152,10 +153,10 @@ class _MappedDevice(MountSource):
         self._device = device
         self._number = DeviceNumber.of(path)
 
-    def is_mounted(self) -> bool:
-        return any(
-            entry.source == self.path or entry.device == str(self._number) for entry in mount.mount_table()
-        )
+    def mount_entry(self) -> mount.MountEntry | None:
+        known = self.path, str(self._number)
+        entries = reversed(mount.mount_table())
+        return next((each for each in entries if each.source == known[0] or each.device == known[1]), None)
 
     def written_bytes(self) -> int:
         return BlockCounters.of(self._number).written_bytes

@@ -205,6 +205,7 @@ class UserPool:
 
     name = "user"
     messages_commit = False
+    taken_over: frozenset[int] = frozenset()
     """Whether each creation and deletion is durable at once, before end()."""
 
     def __init__(self, pointer: Any, what: str) -> None:

@@ -11,7 +11,7 @@ import errno
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -120,8 +120,13 @@ def repair(
         made, report = _build(files, known, None if output is None else Path(output), size)
         damaged = _swap(files.metadata, made) if swap else files.metadata
         found = _described(files.metadata if swap else made, damaged, report, known)
-    if swap:
+    if not swap:
+        return found
+    try:
         _agree(files, report.transaction_id)
+    except BlocksnapError as error:
+        # What was saved must be told all the same.
+        return replace(found, changes=(*found.changes, f"the catalog does not agree yet: {error}"))
     return found
 
 

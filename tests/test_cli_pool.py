@@ -51,7 +51,8 @@ def test_wrong_usage_exits_2(tmp_path: Path, words: list[str], command_line: Com
 
 
 @pytest.mark.parametrize(
-    "verb", ["status", "check", "dump", "delta", "rmap", "usage", "extend", "adopt", "create"]
+    "verb",
+    ["status", "check", "repair", "scrub", "dump", "delta", "rmap", "usage", "extend", "adopt", "create"],
 )
 def test_every_verb_has_help_and_wants_a_path(verb: str, command_line: CommandLine) -> None:
     assert f"blocksnap pool {verb}" in command_line.text("pool", verb, "--help")

@@ -254,6 +254,14 @@ def test_names_labels_and_origins_of_saved_devices_stay(path: Path) -> None:
         assert pool.device("snap").origin == "base"
 
 
+def test_catalog_that_cannot_be_read_is_told(path: Path) -> None:
+    (path / "catalog.db").write_bytes(b"no catalog" * 1000)
+    damage(path / "metadata", leaf(path, 2, 1))
+    found = pool_repair.repair(path, swap=True)
+    assert any("the catalog does not agree yet" in change for change in found.changes)
+    assert not metadata.check(path / "metadata").damaged
+
+
 # ---- where it goes
 
 

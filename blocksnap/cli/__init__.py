@@ -6,7 +6,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from . import analyze, compare, container, device, doctor, image, pool
+from . import analyze, compare, container, crossover, device, doctor, image, pool
 from .console import WRONG_USAGE, run
 
 __all__ = ["app", "main"]
@@ -22,6 +22,7 @@ app = typer.Typer(
 
 app.command("compare", no_args_is_help=False)(compare.compare)
 app.command("analyze")(analyze.analyze)
+app.command("crossover")(crossover.crossover)
 app.command("doctor")(doctor.doctor)
 app.add_typer(pool.app, name="pool")
 app.add_typer(device.app, name="device")

@@ -16,11 +16,19 @@ from ..errors import ArgumentError
 from ..units import format_size, parse_size
 from .console import FAILED, JsonOption, print_json, stderr, stdout
 
-__all__ = ["compare", "parse_sizes", "show_progress", "split_names"]
+__all__ = [
+    "PHASES",
+    "PHASES_OF_EPOCH",
+    "WorkDirOption",
+    "compare",
+    "parse_sizes",
+    "show_progress",
+    "split_names",
+]
 
 _DEFAULT_WORKLOAD = "sqlite"
-_PHASES = 2  # file system and base image
-_PHASES_OF_EPOCH = 3  # container, workload, sync
+PHASES = 2  # file system and base image
+PHASES_OF_EPOCH = 3  # container, workload, sync
 
 WorkDirOption = Annotated[
     Path, typer.Option(metavar="DIR", help="Where the testbeds are made: a real disk with some GiB free.")
@@ -88,7 +96,7 @@ def compare(
     else:
         chosen = _workloads(workload or [], tuple(command or ()))
         targets = targets_for(split_names(drivers), parse_sizes(block_sizes))
-        phases = len(chosen) * len(targets) * repeat * (_PHASES + (snapshots + 1) * _PHASES_OF_EPOCH)
+        phases = len(chosen) * len(targets) * repeat * (PHASES + (snapshots + 1) * PHASES_OF_EPOCH)
         with show_progress(phases) as show:
             study = [
                 measure(

@@ -19,6 +19,7 @@ from blocksnap.amplification.measure import compare
 from blocksnap.amplification.postgres import CLUSTER
 from blocksnap.amplification.postgres_session import copy_script, pgbench_latencies, reason_in
 from blocksnap.amplification.targets import targets_for
+from blocksnap.amplification.testbed import clear_below
 from blocksnap.amplification.workload import Workload
 from blocksnap.amplification.workloads import BUILT_IN, parse_workload
 from blocksnap.errors import ArgumentError, NotSupportedError
@@ -164,6 +165,34 @@ def test_interrupt_ends_the_server_and_unmounts(tmp_path: Path) -> None:
     assert processes_of(tmp_path) == []
     assert list(tmp_path.iterdir()) == []
     assert [entry.target for entry in mount.mount_table() if str(tmp_path) in entry.target] == []
+
+
+@pytest.fixture(name="public_dir")
+def directory_for_everybody() -> Iterator[str]:
+    """A directory that every user reaches, as those of pytest are not."""
+    with tempfile.TemporaryDirectory(prefix="bs-test-") as name:
+        os.chmod(name, 0o755)
+        yield name
+
+
+@needs_root
+@needs_postgres
+def test_server_ends_with_a_comparison_that_is_killed(public_dir: str, tmp_path: Path) -> None:
+    arguments = ["--workload", "pgbench:scale=1,transactions=10M,small_files=5", "--drivers", "volume"]
+    command = [sys.executable, "-c", "from blocksnap.cli import main; main()", "compare", *arguments]
+    environment = {**os.environ, "TMPDIR": public_dir}
+    process = subprocess.Popen([*command, "--work-dir", str(tmp_path)], env=environment)
+    while not list(tmp_path.glob(f"*/volume/mounted/{CLUSTER}/postmaster.pid")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while processes_of(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    left = processes_of(tmp_path)
+    clear_below(tmp_path)
+    assert left == []
 
 
 class StopNowError(Exception):

@@ -2,7 +2,8 @@
 
 A script of this package is run with one JSON object as its argument and prints one as its reply. An isolated
 one gets a PID and an IPC name space of its own where this process may make them: whatever it starts, also in
-sessions of their own as the processes of PostgreSQL and fio are, ends with it, and so does its shared memory.
+sessions of their own as the processes of PostgreSQL and fio are, ends with it, or with this process, and so
+does its shared memory.
 """
 
 import json
@@ -67,9 +68,12 @@ def run_program(
 
 
 def _isolation() -> list[str]:
-    if os.geteuid() != 0 or (unshare := shutil.which("unshare")) is None:
+    """Return what goes before a command: name spaces of its own, which end when this process does."""
+    unshare, setpriv = shutil.which("unshare"), shutil.which("setpriv")
+    if os.geteuid() != 0 or unshare is None or setpriv is None:
         return []
-    return [unshare, "--pid", "--ipc", "--fork", "--kill-child", "--"]
+    spaces = [unshare, "--pid", "--ipc", "--fork", "--kill-child", "--"]
+    return [setpriv, "--pdeathsig", "KILL", "--", *spaces]
 
 
 def _communicate(child: subprocess.Popen[str], check: Check) -> tuple[str, str]:

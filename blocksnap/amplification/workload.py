@@ -6,6 +6,7 @@ what the application did. Seeds are fixed: two runs issue the same writes. Each 
 snapshots, adds its number to the seed.
 """
 
+import sqlite3
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -151,6 +152,9 @@ class OperationWorkload(Workload):
             room = self._file_bytes // self.number("write_bytes")
             return None if self.number("writes") <= room else f"the file has room for {room} writes"
         return None
+
+    def versions(self) -> dict[str, str]:
+        return {"sqlite": sqlite3.sqlite_version} if self.operation in ("sqlite", "bulk_load") else {}
 
     @property
     def _file_bytes(self) -> int:

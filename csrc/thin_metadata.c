@@ -301,16 +301,16 @@ int thin_metadata_room(struct thin_metadata *md, bool releasing)
 {
 	struct ll *ll = &md->metadata_sm.ll, *data = &md->data_sm.ll;
 	uint64_t reserve = ll->nr_blocks / 10 < MAX_RESERVE ? ll->nr_blocks / 10 : MAX_RESERVE;
-	uint64_t need = OPERATION_ROOM + (releasing ? 0 : reserve), own, datas;
+	uint64_t need = OPERATION_ROOM + (releasing ? 0 : reserve), of_metadata, of_data;
 
 	if (ll_available(ll) >= need + ll_commit_cost(ll) + ll_commit_cost(data))
 		return 0;
-	int r = ll_exact_commit_cost(ll, &own);
+	int r = ll_exact_commit_cost(ll, &of_metadata);
 	if (r == 0)
-		r = ll_exact_commit_cost(data, &datas);
+		r = ll_exact_commit_cost(data, &of_data);
 	if (r < 0)
 		return r;
-	if (ll_available(ll) >= need + own + datas)
+	if (ll_available(ll) >= need + of_metadata + of_data)
 		return 0;
 	return bs_fail(-ENOSPC,
 		"the metadata device is full (%" PRIu64 " blocks): run pool extend with a larger one",

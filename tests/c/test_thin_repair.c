@@ -1,5 +1,8 @@
 /* Repair: a sound pool comes out as it went in, what can be read of a damaged one is saved and the rest is told, a
- * lost superblock is found again among all that older commits left, and no content breaks it. */
+ * lost superblock is found again among all that older commits left, and no content breaks it.
+ *
+ *   test_thin_repair [ROUNDS [SEED]]     of random changes
+ */
 #include <errno.h>
 #include <fcntl.h>
 
@@ -314,24 +317,33 @@ static void change_block(unsigned char *block, uint64_t *seed)
 {
 	uint32_t salt = salt_of(block);
 	uint64_t offset = test_random(seed) % 2 ? 4 + test_random(seed) % 76 : 4 + test_random(seed) % 4092;
+	uint64_t nr = test_random(seed) % 60, other = test_random(seed) % 60, node = test_random(seed) % 200;
 
-	block[offset] ^= 1u << test_random(seed) % 8;
+	if (test_random(seed) % 3 == 0) /* a key of this node in another place */
+		memcpy(block + 32 + 8 * nr, block + 32 + 8 * other, 8);
+	else if (test_random(seed) % 3 == 0) /* a pointer to another node */
+		memcpy(block + 2048 + 8 * nr, &(struct le64){htole64(node)}, 8);
+	else
+		block[offset] ^= 1u << test_random(seed) % 8;
 	if (salt)
 		*(struct le32 *)block = le32_of(block_checksum(block, salt));
 	else if (test_random(seed) % 4 == 0)
 		reseal(block);
 }
 
+static int rounds = 400;
+static uint64_t first_seed = 7;
+
 /* Whatever comes out is sound, or there is one clear error. */
 static void changes_under_right_checksums_are_survived(void)
 {
 	struct bs_repair_options options = {65536, POOL_DATA_BLOCKS * 65536ull, 0};
 	struct io *io;
-	uint64_t seed = 7, saved = 0;
+	uint64_t seed = first_seed, saved = 0;
 
 	CHECK_EQ(io_memory_create(POOL_BLOCKS * METADATA_BLOCK_SIZE, &io), 0);
 	make_history(io, 3, 12);
-	for (int round = 0; round < 400; round++) {
+	for (int round = 0; round < rounds; round++) {
 		struct repaired out;
 		char path[32];
 		int fd = image_fd(io, path);
@@ -353,12 +365,14 @@ static void changes_under_right_checksums_are_survived(void)
 		close_output(&out);
 		close(fd);
 	}
-	CHECK(saved > 300);
+	CHECK(saved * 2 > (uint64_t)rounds);
 	io_close(io);
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
+	rounds = argc > 1 ? atoi(argv[1]) : rounds;
+	first_seed = argc > 2 ? strtoull(argv[2], NULL, 10) : first_seed;
 	RUN(sound_pool_comes_out_as_it_went_in);
 	RUN(shared_nodes_stay_shared);
 	RUN(lost_leaf_is_told_by_range_and_the_rest_is_saved);

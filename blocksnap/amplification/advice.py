@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from ..errors import ArgumentError
 from ..units import format_size
-from .verdict import format_bytes, format_ratio
+from .figures import format_bytes, format_ratio
 
 __all__ = ["KERNEL_BLOCK_SIZE", "Advice", "Costs", "Prices", "advise"]
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..units import format_size
 from .analysis import Analysis
-from .verdict import format_ratio
+from .figures import format_ratio
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

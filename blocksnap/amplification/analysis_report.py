@@ -14,8 +14,8 @@ from ..traces.parquet import polars
 from ..units import format_size
 from .analysis import Analysis
 from .analysis_plot import write_plot
+from .figures import format_bytes, format_ratio
 from .model import BlockSizeResult
-from .verdict import format_bytes, format_ratio
 
 __all__ = ["analysis_notes", "analysis_table", "summary", "write_analysis"]
 

@@ -8,7 +8,7 @@ from ..units import format_size
 from .figures import format_bytes, format_ratio, format_seconds
 from .result import BASELINE, Comparison, Measurement, Spread
 
-__all__ = ["format_bytes", "format_ratio", "format_seconds", "sentences", "verdict"]
+__all__ = ["sentences", "verdict"]
 
 _NOISE = 0.05  # what two runs of the same easily differ by
 _EQUAL = "about as much as"

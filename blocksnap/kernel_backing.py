@@ -5,6 +5,7 @@ import hashlib
 import os
 import stat
 import struct
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ _METADATA_BLOCK_SIZE = 4096
 _SECTOR = 512
 _NEEDS_CHECK = 1
 _KERNEL_BLOCK, _KERNEL_BLOCK_MAX = 64 << 10, 1 << 30
+
+_LOOKS, _LOOK_SECONDS = 300, 0.01
 
 PathArgument = str | PathLike[str]
 
@@ -90,6 +93,21 @@ def require_block_size(block_size: int) -> None:
         )
 
 
+def _lock(descriptor: int, *, shared: bool) -> None:
+    looks = _LOOKS if stat.S_ISBLK(os.fstat(descriptor).st_mode) and not shared else 0
+    while True:
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if looks == 0:
+                raise
+        # udevd has a shared lock on a device that it looks into; who has it for itself is no udevd.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        looks -= 1
+        time.sleep(_LOOK_SECONDS)
+
+
 @contextmanager
 def locked(metadata: PathArgument, *, shared: bool = False) -> Iterator[None]:
     """Hold the lock that both engines take on a pool."""
@@ -97,7 +115,7 @@ def locked(metadata: PathArgument, *, shared: bool = False) -> Iterator[None]:
         descriptor = os.open(metadata, os.O_RDONLY | os.O_CLOEXEC)
     try:
         try:
-            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            _lock(descriptor, shared=shared)
         except BlockingIOError:
             raise BusyError(
                 f"{fspath(metadata)} is in use by another process: end it or go through it"

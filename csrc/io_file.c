@@ -2,7 +2,8 @@
  * A file or block device behind io.h: preadv/pwritev, fdatasync, fallocate.
  *
  * The lock is flock(2), which unlike POSIX record locks does not fall when the process closes another
- * descriptor of the same file; the holder's pid comes from /proc/locks.
+ * descriptor of the same file; the holder's pid comes from /proc/locks. udevd takes a shared one on a block
+ * device for as long as it looks into it: that is waited for.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -15,12 +16,15 @@
 #include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "error.h"
 #include "io.h"
 
 #define MAX_IOV 64
+#define LOOKS_MAX 300
+#define LOOK_NS 10000000L
 
 struct io_file {
 	struct io io;
@@ -178,16 +182,28 @@ static long lock_holder(const struct stat *st)
 	return holder;
 }
 
-static int file_lock(struct io_file *f, const struct stat *st, bool shared)
+static int lock_failed(const struct io_file *f, const struct stat *st)
 {
-	if (flock(f->fd, (shared ? LOCK_SH : LOCK_EX) | LOCK_NB) == 0)
-		return 0;
-	if (errno != EWOULDBLOCK)
-		return bs_fail_errno("%s: lock", f->path);
 	long pid = lock_holder(st);
+
 	if (pid > 0)
 		return bs_fail(-EBUSY, "%s is in use by process %ld: end it or go through it", f->path, pid);
 	return bs_fail(-EBUSY, "%s is in use by another process", f->path);
+}
+
+static int file_lock(struct io_file *f, const struct stat *st, bool shared)
+{
+	int looks = f->block_device && !shared ? LOOKS_MAX : 0;
+
+	while (flock(f->fd, (shared ? LOCK_SH : LOCK_EX) | LOCK_NB) < 0) {
+		if (errno != EWOULDBLOCK)
+			return bs_fail_errno("%s: lock", f->path);
+		/* Who has it for itself is no udevd. */
+		if (looks-- == 0 || flock(f->fd, LOCK_SH | LOCK_NB) < 0)
+			return lock_failed(f, st);
+		nanosleep(&(struct timespec){.tv_nsec = LOOK_NS}, NULL);
+	}
+	return 0;
 }
 
 /* Memory and offset alignment of direct I/O on this file. */

@@ -1,9 +1,13 @@
 """Mapped devices with a udevd that runs and without one."""
 
+import fcntl
 import os
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -235,3 +239,21 @@ def test_a_snapshot_has_its_own_node(pool: Pool) -> None:
         assert isinstance(second, KernelDevice)
         assert DeviceNumber.of(first.path) != DeviceNumber.of(second.path)
         assert [read_at(each.path, 0, 6) for each in (first, second)] == [b"origin", b"snapin"]
+
+
+@pytest.mark.parametrize("engine", ["user", "kernel"])
+def test_a_device_that_udevd_looks_into_is_waited_for(disks: Disks, tmp_path: Path, engine: str) -> None:
+    where: dict[str, Any] = {"catalog": tmp_path / "catalog.db"}
+    for part in ("metadata", "data"):
+        disks.attach(part, 4 * MIB)
+        where[part] = disks.path(part)
+    Pool.create(**where).close()
+    with open(where["metadata"], "rb") as looked_into:
+        fcntl.flock(looked_into, fcntl.LOCK_SH)  # as udevd has it
+        threading.Timer(0.5, fcntl.flock, [looked_into, fcntl.LOCK_UN]).start()
+        Pool.open(**where, engine=engine).close()
+        fcntl.flock(looked_into, fcntl.LOCK_EX)  # as a pool in use has it
+        begun = time.monotonic()
+        with pytest.raises(BusyError, match="in use"):
+            Pool.open(**where, engine=engine)
+        assert time.monotonic() - begun < 2

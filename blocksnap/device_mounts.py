@@ -299,7 +299,7 @@ class DeviceMounts:
         """Go on with the mount of a device that a killed process left."""
         with ExitStack() as stack:
             handle, path = self._show(name, stack)
-            source = self._attach(path, handle, stack)
+            source = self._shown.attach(path, handle, read_only=False)
             entry = source.mount_entry()
             if entry is not None:
                 read_only = "ro" in entry.options.split(",")

@@ -10,6 +10,7 @@ import mmap
 import os
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,7 +18,15 @@ from typing import Self
 
 from ._native import ffi
 from .device_mapper import Device, Target
-from .errors import ArgumentError, BlocksnapError, DeviceIOError, NoSpaceError, PrivilegeError, error_for
+from .errors import (
+    ArgumentError,
+    BlocksnapError,
+    BusyError,
+    DeviceIOError,
+    NoSpaceError,
+    PrivilegeError,
+    error_for,
+)
 from .kernel_counters import KernelCounters
 from .mount import mount_table
 from .udev import make_node
@@ -27,6 +36,7 @@ __all__ = ["ActiveDevice", "KernelDevice", "users_of"]
 
 _PIECE = 1 << 20
 _FREEZE_SECONDS = 30.0
+_RETRY_SECONDS = 0.05
 _BLKDISCARD, _BLKSSZGET = 0x1277, 0x1268
 
 
@@ -252,6 +262,16 @@ class KernelDevice:
     def resize(self, size: int) -> None:
         with self._handle as active:
             self._resize(active, size)
+
+    def await_others(self, timeout: float) -> None:
+        """Wait until nobody else has the device open. BusyError tells who, after `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        with self._handle as active:
+            while active.device.info().open_count > 1:  # one is ours
+                if time.monotonic() >= deadline:
+                    users = users_of(active.device)
+                    raise BusyError(f"{active.device.path} is in use ({users}): unmount or close it first")
+                time.sleep(_RETRY_SECONDS)
 
     @contextmanager
     def freezing_within(self, seconds: float) -> Iterator[None]:

@@ -46,7 +46,8 @@ class MountSource(ABC):
     def refresh(self) -> None:  # noqa: B027 - what has no size of its own has none to take over
         """Take over a changed size of the device."""
 
-    def detach(self, timeout: float) -> None:  # noqa: B027 - what is no device of its own goes with its handle
+    @abstractmethod
+    def detach(self, timeout: float) -> None:
         """Let go of it. BusyError while others have it open."""
 
 
@@ -164,6 +165,9 @@ class _MappedDevice(MountSource):
     def frozen(self, target: str, timeout: float) -> AbstractContextManager[None]:  # noqa: ARG002
         # The snapshot suspends the device, which freezes what is mounted: it cannot be frozen twice.
         return self._device.freezing_within(timeout)
+
+    def detach(self, timeout: float) -> None:
+        self._device.await_others(timeout)
 
 
 class MappedDevices(ShownDevices):

@@ -18,9 +18,11 @@ from blocksnap.pool import Pool
 from blocksnap.pool_client import PoolClient
 
 __all__ = [
+    "both_engines",
     "command",
     "device_mounted",
     "end_server",
+    "engine",
     "loops_below",
     "mounts_below",
     "needs_mounts",
@@ -37,6 +39,10 @@ needs_mounts = pytest.mark.skipif(
     or not os.access("/dev/fuse", os.W_OK)
     or (shutil.which("mke2fs") or shutil.which("mke2fs", path="/usr/sbin:/sbin")) is None,
     reason="needs root, /dev/loop-control, /dev/fuse and mke2fs",
+)
+
+both_engines = pytest.mark.parametrize(
+    "engine", ["user", pytest.param("kernel", marks=pytest.mark.kernel)], indirect=True
 )
 
 
@@ -81,10 +87,16 @@ def run_command(*words: object, status: int = 0) -> str:
 
 
 @pytest.fixture
-def pool_path(tmp_path: Path) -> Iterator[Path]:
+def engine(request: pytest.FixtureRequest) -> str:
+    """The engine that serves the pool: "user", unless the test is parametrized with `both_engines`."""
+    return str(getattr(request, "param", "user"))
+
+
+@pytest.fixture
+def pool_path(tmp_path: Path, engine: str) -> Iterator[Path]:
     """The directory of a new pool; whoever serves it at the end is ended, and may leave nothing."""
     path = tmp_path / "pool"
-    Pool.create(path, size="512M").close()
+    Pool.create(path, size="512M", engine=engine).close()
     yield path
     end_server(path)
     end_dead_export(path / "export")
@@ -106,9 +118,9 @@ def end_server(path: Path) -> None:
 
 
 @pytest.fixture
-def served(pool_path: Path) -> Iterator[PoolClient]:
+def served(pool_path: Path, engine: str) -> Iterator[PoolClient]:
     """A connection to the server of a new pool."""
-    with pool_client.serve(pool_path) as client:
+    with pool_client.serve(pool_path, engine=engine) as client:
         yield client
 
 

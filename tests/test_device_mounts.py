@@ -11,8 +11,10 @@ import pytest
 from blocksnap import errors, mount, pool_client
 from blocksnap.pool_client import PoolClient
 from tests.pool_servers import (
+    both_engines,
     command,
     device_mounted,
+    engine,
     loops_below,
     mounts_below,
     needs_mounts,
@@ -23,12 +25,13 @@ from tests.pool_servers import (
 )
 from tests.thin_image import seal_file
 
-__all__ = ["device_mounted", "pool_path", "served"]
+__all__ = ["device_mounted", "engine", "pool_path", "served"]
 
 BLOCK = 64 << 10
 
 
 @needs_mounts
+@both_engines
 def test_mounted_device_is_neither_deleted_nor_written_nor_shrunk(
     served: PoolClient, device_mounted: Path
 ) -> None:
@@ -47,12 +50,13 @@ def test_mounted_device_is_neither_deleted_nor_written_nor_shrunk(
 
 
 @needs_mounts
+@both_engines
 def test_mounted_device_grows_and_the_kernel_sees_it(served: PoolClient, device_mounted: Path) -> None:
     assert device_mounted.is_mount()
     served.device("base").resize("300M")
     [mounted] = served.mounts()
-    assert mounted.loop is not None
-    assert int(Path(f"/sys/block/{Path(mounted.loop).name}/size").read_text()) * 512 == 300 << 20
+    assert mounted.node is not None
+    assert int(Path(f"/sys/block/{Path(mounted.node).name}/size").read_text()) * 512 == 300 << 20
 
 
 @needs_mounts
@@ -62,6 +66,7 @@ def test_mount_again_at_the_same_place_changes_nothing(served: PoolClient, devic
 
 
 @needs_mounts
+@both_engines
 def test_busy_mount_names_its_user(served: PoolClient, device_mounted: Path) -> None:
     user = subprocess.Popen(["sleep", "60"], cwd=device_mounted)
     try:
@@ -91,6 +96,7 @@ def test_device_without_a_file_system_cannot_be_mounted(served: PoolClient, tmp_
 
 
 @needs_mounts
+@both_engines
 @pytest.mark.skipif(
     shutil.which("mkfs.xfs") is None or "xfs" not in Path("/proc/filesystems").read_text(),
     reason="needs xfs and mkfs.xfs",
@@ -110,6 +116,7 @@ def test_xfs_and_its_snapshot_are_mounted_side_by_side(served: PoolClient, tmp_p
 
 
 @needs_mounts
+@both_engines
 def test_deleted_files_give_their_space_back(served: PoolClient, device_mounted: Path) -> None:
     (device_mounted / "large").write_bytes(os.urandom(20 << 20))
     mount.sync_filesystem(device_mounted)

@@ -18,6 +18,7 @@ from blocksnap import drivers, errors, pool_client
 from blocksnap.pool_client import PoolClient
 from tests.pool_servers import (
     device_mounted,
+    engine,
     loops_below,
     mounts_below,
     needs_mounts,
@@ -29,7 +30,7 @@ from tests.pool_servers import (
 )
 from tests.thin_tools import assert_sound, needs_thin_tools
 
-__all__ = ["device_mounted", "pool_path", "served"]
+__all__ = ["device_mounted", "engine", "pool_path", "served"]
 
 pytestmark = [needs_mounts, needs_thin_tools]
 

@@ -10,12 +10,13 @@ from blocksnap import errors, pool_client
 from blocksnap.pool import Pool
 from blocksnap.pool_client import PoolClient
 from tests.pool_servers import (
+    engine,
     pool_path,
     run_command,
     served,
 )
 
-__all__ = ["pool_path", "served"]
+__all__ = ["engine", "pool_path", "served"]
 
 BLOCK = 64 << 10
 

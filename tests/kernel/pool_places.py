@@ -7,8 +7,15 @@ from typing import Any
 
 from blocksnap.mount import LoopDevice
 from blocksnap.pool_files import wipe_superblock
+from tests.kernel.devices import BLOCK
 
 __all__ = ["Places"]
+
+
+def _used(content: bytes) -> bytes:
+    """Return a file up to its last data block that is not zero."""
+    length = len(content.rstrip(b"\0"))
+    return content[: -(-length // BLOCK) * BLOCK]
 
 
 class Places:
@@ -57,7 +64,7 @@ class Places:
 
     def keep(self) -> None:
         """Remember the pool, which nobody has open, for `restore`."""
-        self._kept = {part: part.read_bytes().rstrip(b"\0") for part in self._part("").iterdir()}
+        self._kept = {part: _used(part.read_bytes()) for part in self._part("").iterdir()}
 
     def restore(self) -> None:
         """Put back what was kept. What lies behind it in metadata and data nothing leads to."""

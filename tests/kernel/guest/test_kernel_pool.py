@@ -4,13 +4,12 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from blocksnap import catalog, device_mapper, metadata, mount
+from blocksnap import mount
 from blocksnap.device_mapper import Control
 from blocksnap.errors import (
     BlocksnapError,
@@ -53,6 +52,21 @@ def make(path: Path) -> None:
 def live() -> list[str]:
     with Control.open() as control:
         return [device.uuid for device in leftovers(control)]
+
+
+def killed(work: Callable[[], None]) -> bool:
+    """Do the work in a child process; return whether it was killed in it."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
 
 
 # ---- two engines, one pool
@@ -175,145 +189,6 @@ def test_a_read_only_pool_is_read_and_refuses_changes(path: Path) -> None:
             pool.device("base").write(0, b"x")
         with pytest.raises(PrivilegeError, match="read-only"):
             pool.create_device("b", SIZE)
-
-
-# ---- crashes between any two steps
-
-
-class Countdown:
-    """Stands before the C core and kills this process before or after the n-th ioctl that changes."""
-
-    CHANGES = ("bs_dm_create", "bs_dm_load", "bs_dm_resume", "bs_dm_message", "bs_dm_remove")
-
-    def __init__(self, core: Any, steps: int) -> None:
-        self._core = core
-        self.steps = steps
-
-    def step(self) -> None:
-        self.steps -= 1
-        if self.steps == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._core, name)
-        if name not in self.CHANGES and not name.startswith("bs_dm_guard"):
-            return found
-
-        def counted(*arguments: Any) -> Any:
-            self.step()
-            result = found(*arguments)
-            self.step()
-            return result
-
-        return counted
-
-
-def killed(work: Callable[[], None]) -> bool:
-    """Do the work in a child process; return whether it was killed in it."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return os.WIFSIGNALED(status)
-
-
-def killed_at(steps: int, path: Path, work: Callable[[Pool], object]) -> bool:
-    def run() -> None:
-        pool = open_kernel(path)
-        countdown = Countdown(vars(device_mapper)["lib"], steps)
-        vars(device_mapper)["lib"] = countdown
-        change = catalog.Catalog._change
-
-        def counted(self: catalog.Catalog, *, durable: bool) -> Any:
-            countdown.step()
-            return change(self, durable=durable)
-
-        catalog.Catalog._change = counted  # type: ignore[method-assign]
-        work(pool)
-        countdown.steps = -1
-        pool.close()
-
-    return killed(run)
-
-
-def change_much(pool: Pool) -> None:
-    with pool.transaction():
-        pool.create_device("new", SIZE)
-        pool.device("base").snapshot("second")
-        pool.device("snap").delete()
-
-
-def fail_half_way(pool: Pool) -> None:
-    """Delete two devices, of which the second is found in use when the first is gone."""
-    base = pool.device("base")
-    with pool._engine.open_device(base.id, base.size), suppress(BusyError), pool.transaction():
-        pool.create_device("new", SIZE)
-        pool.device("snap").delete()
-        base.delete()
-
-
-WORK: dict[str, tuple[Callable[[Pool], object], set[str]]] = {
-    "create": (lambda pool: pool.create_device("new", SIZE), {"base", "snap", "new"}),
-    "snapshot": (lambda pool: pool.device("base").snapshot("new"), {"base", "snap", "new"}),
-    "delete": (lambda pool: pool.device("snap").delete(), {"base"}),
-    "resize": (lambda pool: pool.device("snap").resize(2 * SIZE), {"base", "snap"}),
-    "transaction": (change_much, {"base", "new", "second"}),
-}
-
-
-@pytest.mark.parametrize("name", WORK)
-def test_a_kill_at_any_step_leaves_all_or_nothing_of_an_operation(path: Path, name: str) -> None:
-    work, after = WORK[name]
-    make(path)
-    steps = 0
-    while True:
-        steps += 1
-        ended = not killed_at(steps, path, lambda pool: (pool.device("base").read(0, 1), work(pool)))
-        with Pool.open(path, engine="user" if steps % 3 == 0 else "kernel") as pool:
-            names = {device.name for device in pool.devices()}
-            assert names in ({"base", "snap"}, after), f"killed at step {steps}"
-            assert pool.status().devices == len(names)
-            assert pool.device("base").read(0, 4) == b"base"
-            size = pool.device("snap").size if name == "resize" else SIZE
-            assert size in (SIZE, 2 * SIZE)
-        assert not metadata.check(path / "metadata").findings
-        assert live() == []
-        if ended:
-            assert names == after
-            break
-        if names == after or size != SIZE:
-            restore(path)
-    assert steps > 3
-
-
-def test_a_kill_in_a_transaction_that_fails_half_way_is_recovered(path: Path) -> None:
-    make(path)
-    steps, ended = 0, False
-    while not ended:
-        steps += 1
-        ended = not killed_at(steps, path, fail_half_way)
-        with Pool.open(path, engine="user" if steps % 3 == 0 else "kernel") as pool:
-            names = {device.name for device in pool.devices()}
-            assert names in ({"base", "snap"}, {"base"}, {"new"}), f"killed at step {steps}"
-            assert pool.status().devices == len(names)
-        assert not metadata.check(path / "metadata").findings
-        if names != {"base", "snap"} and not ended:
-            restore(path)
-    assert names == {"base"}
-    assert steps > 10
-
-
-def restore(path: Path) -> None:
-    for part in path.iterdir():
-        part.unlink()
-    path.rmdir()
-    make(path)
 
 
 def test_an_error_is_one_line(path: Path) -> None:

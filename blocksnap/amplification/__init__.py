@@ -1,6 +1,6 @@
 """What storage drivers cost: workloads, measuring them on each driver, and reports.
 
-workloads    what an application does (workload: operations, postgres, fio, packages) in the base_image it finds
+workloads    what an application does (operations, postgres, fio, packages) and the base_image that it finds
 testbed      a fresh file system on a loop device of its own; volume, the baseline; machine
 measure      compare(): one row a target; phases of a run, repeats as one row; result, the figures; latency
 model        the copy-on-write model; analysis, a trace through it, with its report and plot; advice

@@ -2,12 +2,24 @@
 
 import os
 import platform
+import re
+import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
 from .. import mount
+from ..file_system import find_program
 
 __all__ = ["describe_machine", "file_system_of"]
+
+# What makes the file systems and serves the layers of drivers, and how it is asked for its version.
+_PROGRAMS = {
+    "mke2fs": "-V",
+    "mkfs.xfs": "-V",
+    "mkfs.btrfs": "-V",
+    "fuse-overlayfs": "--version",
+    "qemu-storage-daemon": "--version",
+}
 
 
 def describe_machine(work_dir: Path) -> dict[str, object]:
@@ -26,6 +38,7 @@ def describe_machine(work_dir: Path) -> dict[str, object]:
         "root": os.geteuid() == 0,
         "blocksnap": version("blocksnap"),
         "python": platform.python_version(),
+        **{name: _program_version(name, argument) for name, argument in _PROGRAMS.items()},
     }
 
 
@@ -37,6 +50,15 @@ def file_system_of(path: Path) -> tuple[str | None, str | None]:
         return None, None
     deepest = max(reversed(holding), key=lambda entry: len(Path(entry.target).parts))
     return deepest.fstype, deepest.source
+
+
+def _program_version(name: str, argument: str) -> str | None:
+    path = find_program(name)
+    if path is None:
+        return None
+    done = subprocess.run([path, argument], capture_output=True, text=True, check=False)
+    named = re.search(rf"{re.escape(name)}[^0-9\n]* v?(\d[\w.+~-]*)", done.stdout + done.stderr)
+    return named[1] if named else None
 
 
 def _field(path: str, name: str) -> str | None:

@@ -12,6 +12,7 @@ guest's /dev/shm, or use disks (/dev/ubda, ...). The one processor and no preemp
 
 import argparse
 import fcntl
+import functools
 import os
 import queue
 import shlex
@@ -95,6 +96,16 @@ class _Processor:
             self._lock = -1
 
 
+@functools.cache
+def _shim() -> bytes:
+    """Return the compiled ptrace_shim.c."""
+    with tempfile.NamedTemporaryFile() as library:
+        subprocess.run(
+            ["cc", "-O2", "-shared", "-fPIC", "-o", library.name, HERE / "ptrace_shim.c"], check=True
+        )
+        return Path(library.name).read_bytes()
+
+
 class Guest:
     """A running guest and the one command in it."""
 
@@ -114,9 +125,11 @@ class Guest:
         `files` are put below /run/host.
         """
         _sweep(Path(tempfile.gettempdir()))
-        self.directory = Path(tempfile.mkdtemp(prefix=_PREFIX))
-        self._lock = (self.directory / "lock").open("w")
+        made = Path(tempfile.mkdtemp(prefix="new-" + _PREFIX))
+        self._lock = (made / "lock").open("w")
         fcntl.flock(self._lock, fcntl.LOCK_EX)
+        # Only under this name others sweep it.
+        self.directory = made.rename(made.with_name(made.name.removeprefix("new-")))
         self._output: list[bytes] = []
         self._status: list[bytes] = []
         self.reports: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -141,10 +154,7 @@ class Guest:
         words = ["env", "-i", *(f"{name}={value}" for name, value in passed.items()), *command]
         (self.directory / "command").write_text(f"cd {shlex.quote(os.getcwd())}\nexec {shlex.join(words)}\n")
         shutil.copy(HERE / "init", self.directory / "init")
-        subprocess.run(
-            ["cc", "-O2", "-shared", "-fPIC", "-o", self.directory / "shim.so", HERE / "ptrace_shim.c"],
-            check=True,
-        )
+        (self.directory / "shim.so").write_bytes(_shim())
 
     def _boot(self, disks: Sequence[Path], memory: int, output: Callable[[bytes], object]) -> None:
         lines = [os.pipe() for _ in range(3)]

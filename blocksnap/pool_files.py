@@ -226,6 +226,8 @@ def grow_file(
                 elif reserve:
                     os.posix_fallocate(descriptor, before, size - before)
                 os.ftruncate(descriptor, size)
+                # Before anything says that the pool is this large.
+                os.fsync(descriptor)
             except BaseException:
                 os.ftruncate(descriptor, before)
                 raise

@@ -19,6 +19,7 @@ from .mount import LoopDevice, backing_loops
 
 __all__ = [
     "Backing",
+    "PathArgument",
     "Superblock",
     "identity_of",
     "locked",
@@ -93,11 +94,11 @@ def require_block_size(block_size: int) -> None:
         )
 
 
-def _lock(descriptor: int, *, shared: bool) -> None:
-    looks = _LOOKS if stat.S_ISBLK(os.fstat(descriptor).st_mode) and not shared else 0
+def _lock(descriptor: int) -> None:
+    looks = _LOOKS if stat.S_ISBLK(os.fstat(descriptor).st_mode) else 0
     while True:
         try:
-            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError:
             if looks == 0:
@@ -109,13 +110,13 @@ def _lock(descriptor: int, *, shared: bool) -> None:
 
 
 @contextmanager
-def locked(metadata: PathArgument, *, shared: bool = False) -> Iterator[None]:
+def locked(metadata: PathArgument) -> Iterator[None]:
     """Hold the lock that both engines take on a pool."""
     with system_errors(fspath(metadata)):
         descriptor = os.open(metadata, os.O_RDONLY | os.O_CLOEXEC)
     try:
         try:
-            _lock(descriptor, shared=shared)
+            _lock(descriptor)
         except BlockingIOError:
             raise BusyError(
                 f"{fspath(metadata)} is in use by another process: end it or go through it"
@@ -168,6 +169,10 @@ class Backing:
     @property
     def direct_io(self) -> bool:
         return self._attribute("loop/dio") == "1" if self._loop else True
+
+    @property
+    def read_only(self) -> bool:
+        return self._attribute("ro") == "1"
 
     @property
     def size(self) -> int:

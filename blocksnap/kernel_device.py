@@ -27,6 +27,7 @@ from .errors import (
     PrivilegeError,
     error_for,
 )
+from .kernel_backing import Backing
 from .kernel_counters import KernelCounters
 from .mount import mount_table
 from .udev import make_node
@@ -58,19 +59,28 @@ class ActiveDevice:
         block_size: int,
         what: str,
         counts: KernelCounters,
+        require_room: Callable[[str], object],
         *,
         read_only: bool,
+        origin: Backing | None = None,
     ) -> None:
+        """require_room raises why nothing can be written just now.
+
+        origin is what is read where the device has no block of its own; it goes with the device.
+        """
         self.device = device
+        self.origin = origin
         self.size = size
         self.handles = 0
         self.freeze_seconds = _FREEZE_SECONDS
         self._block_size = block_size
         self._what = what
         self._counts = counts
+        self._require_room = require_room
         self._read_only = read_only
         # The sectors at the edges of a request are read, changed and written.
         self._writing = threading.Lock()
+        self._resizing = threading.Lock()
         self._fd = -1
         self.open()
         self._sector = int.from_bytes(fcntl.ioctl(self._fd, _BLKSSZGET, bytes(4)), "little")
@@ -98,7 +108,8 @@ class ActiveDevice:
                 raise NoSpaceError(
                     f'{self._what}: its pool is full: delete devices, or "blocksnap pool extend"'
                 ) from None
-            raise error_for(-(error.errno or errno.EIO), f"{self._what}: {error.strerror}") from None
+            mend = ': "blocksnap pool status" tells the state of its pool' if error.errno == errno.EIO else ""
+            raise error_for(-(error.errno or errno.EIO), f"{self._what}: {error.strerror}{mend}") from None
 
     def _require_inside(self, offset: int, length: int) -> None:
         if offset < 0 or length < 0 or offset + length > self.size:
@@ -144,6 +155,7 @@ class ActiveDevice:
         self._require_writable()
         with self._errors(), self._writing:
             for at, area, inside, part in self._pieces(offset, len(source)):
+                self._require_room(self._what)
                 self._read_edges(at, area, inside)
                 area[inside] = source[part]
                 self._write_sectors(at, area)
@@ -157,20 +169,26 @@ class ActiveDevice:
             self._read_sectors(at + len(area) - sector, area[-sector:])
 
     def discard(self, offset: int, length: int) -> None:
-        """Unmap the whole blocks of a range and zero the rest of it."""
+        """Unmap the whole blocks of a range; zero the rest of it, and what an external origin would show."""
         self._require_inside(offset, length)
         self._require_writable()
-        block, end = self._block_size, offset + length
-        first, last = -(-offset // block) * block, end // block * block
+        shown = 0 if self.origin is None else self.origin.size
+        unmapped = min(max(offset, shown), offset + length)
         with self._errors():
-            self._zero(offset, min(first, end))
-            if first < last:
-                fcntl.ioctl(self._fd, _BLKDISCARD, struct.pack("QQ", first, last - first))
-            self._zero(max(first, last), end)
-        self._counts.add(discarded=max(last - first, 0))
+            self._zero(offset, unmapped)
+            self._unmap(unmapped, offset + length)
+
+    def _unmap(self, begin: int, end: int) -> None:
+        block = self._block_size
+        first, last = -(-begin // block) * block, end // block * block
+        self._zero(begin, min(first, end))
+        if first < last:
+            fcntl.ioctl(self._fd, _BLKDISCARD, struct.pack("QQ", first, last - first))
+            self._counts.add(discarded=last - first)
+        self._zero(max(first, last), end)
 
     def _zero(self, begin: int, end: int) -> None:
-        """Zero a part of one block, unless it is zero already: writing to a hole would provision it."""
+        """Zero what is not zero already: writing to a hole would provision it."""
         if begin >= end:
             return
         with self._writing:
@@ -183,11 +201,12 @@ class ActiveDevice:
     def resize(self, size: int) -> None:
         """Load another size; shrinking frees and zeroes what lies behind the new end."""
         self._require_writable()
-        (target,) = self.device.table()
-        if size < self.size:
-            self._trim(target, size)
-        self.device.replace([replace(target, length=size)])
-        self.size = size
+        with self._resizing:
+            (target,) = self.device.table()
+            if size < self.size:
+                self._trim(target, size)
+            self.device.replace([replace(target, length=size)])
+            self.size = size
 
     def _trim(self, target: Target, size: int) -> None:
         block = self._block_size
@@ -195,7 +214,8 @@ class ActiveDevice:
         if whole != self.size:  # the kernel discards whole blocks only
             self.device.replace([replace(target, length=whole)])
             self.size = whole
-        self.discard(size, whole - size)
+        with self._errors():
+            self._unmap(size, whole)
 
     def flush(self) -> None:
         if self._read_only or self._fd < 0:
@@ -208,20 +228,18 @@ class ActiveDevice:
 class KernelDevice:
     """A handle of an active thin device."""
 
-    __slots__ = ("__weakref__", "_commits", "_handle", "_release", "_resize")
+    __slots__ = ("__weakref__", "_commits", "_handle", "_release")
 
     def __init__(
         self,
         active: ActiveDevice,
         what: str,
         commits: threading.Lock,
-        resize: Callable[[ActiveDevice, int], None],
         release: Callable[[ActiveDevice], None],
     ) -> None:
         """`commits` is held while the pool may not commit; `release` is called with the last call over."""
         self._handle = Handle(active, what)
         self._commits = commits
-        self._resize = resize
         self._release = release
 
     @property
@@ -261,7 +279,7 @@ class KernelDevice:
 
     def resize(self, size: int) -> None:
         with self._handle as active:
-            self._resize(active, size)
+            active.resize(size)
 
     def await_others(self, timeout: float) -> None:
         """Wait until nobody else has the device open. BusyError tells who, after `timeout` seconds."""

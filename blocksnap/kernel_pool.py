@@ -13,22 +13,13 @@ Calls may come from any thread.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
 from os import PathLike, fspath
 from typing import Self
 
 from . import metadata as metadata_walks
-from .device_mapper import (
-    Control,
-    Device,
-    FailedStatus,
-    PoolMode,
-    ThinPoolStatus,
-    ThinPoolTarget,
-    ThinTarget,
-)
+from .device_mapper import Control, Device, FailedStatus, PoolMode, ThinPoolStatus
 from .errors import (
     ArgumentError,
     BlocksnapError,
@@ -37,6 +28,7 @@ from .errors import (
     NoSpaceError,
     PrivilegeError,
 )
+from .kernel_active import ActiveDevices
 from .kernel_backing import (
     Backing,
     Superblock,
@@ -47,8 +39,10 @@ from .kernel_backing import (
     require_undamaged,
 )
 from .kernel_counters import KernelCounters
-from .kernel_device import ActiveDevice, KernelDevice, users_of
-from .kernel_leftovers import LeftPool, clear_devices
+from .kernel_device import KernelDevice
+from .kernel_leftovers import clear_devices
+from .kernel_table import PoolTable
+from .kernel_watch import KernelWatch
 from .metadata import DeviceInfo
 from .user_pool import EngineStatus, PoolCounters, UserPool
 
@@ -56,6 +50,9 @@ __all__ = ["KernelDevice", "KernelPool"]
 
 _METADATA_RESERVE = 32
 """Metadata blocks that creations leave: a kernel that finds none makes the pool read-only until a check."""
+
+_METADATA_LOW_WATER = 1024
+_WAIT_FOR_ROOM_SECONDS = 60.0
 
 
 class KernelPool:
@@ -66,20 +63,42 @@ class KernelPool:
     taken_over: frozenset[int] = frozenset()
     """Devices that a killed process left in use."""
 
-    def __init__(self, control: Control, metadata: Backing, data: Backing, what: str) -> None:
+    def __init__(
+        self,
+        table: PoolTable,
+        control: Control,
+        identity: str,
+        metadata: Backing,
+        data: Backing,
+        *,
+        read_only: bool,
+    ) -> None:
         # What even an abandoned pool lets go of, and what only a closed one does.
         self._held, self._live = ExitStack(), ExitStack()
-        self._control = control
+        self._table = table
+        self._device = table.device
         self._metadata, self._data = metadata, data
-        self._what = what
-        self._identity = identity_of(metadata.path)
-        self._active: dict[int, ActiveDevice] = {}
-        self._handles: list[KernelDevice] = []
+        self._what = f"the pool of {fspath(metadata.path)}"
+        self._counts = KernelCounters(table.device.number, metadata.number, table.block_size)
         self._lock = threading.RLock()
         # Held between begin() and end(), and by each flush and commit; taken before _lock.
         self._commits = threading.Lock()
+        self._active = ActiveDevices(
+            control,
+            identity,
+            table.device,
+            self._what,
+            self._commits,
+            self._counts,
+            self._require_room,
+            block_size=table.block_size,
+            read_only=read_only,
+        )
         self._begun = False
         self._closed = False
+        self._watch: KernelWatch | None = None
+        self._read_only = read_only
+        self._last = self._require_status()
         self._nr_devices = 0
 
     # ---- making, opening, closing
@@ -109,13 +128,14 @@ class KernelPool:
         in use, NotSupportedError without device-mapper or for blocks that the kernel does not take,
         DamagedMetadataError for metadata that must not reach the kernel.
         """
+        identity = identity_of(metadata)
         with ExitStack() as held, ExitStack() as live:
-            held.enter_context(locked(metadata, shared=read_only))
+            held.enter_context(locked(metadata))
             control = held.enter_context(Control.open())
-            left = clear_devices(control, identity_of(metadata))
+            left = clear_devices(control, identity)
             if left is not None and read_only:
                 raise left.busy()
-            nr_devices = require_undamaged(metadata).devices if left is None else 0
+            checked = require_undamaged(metadata) if left is None else None
             superblock = Superblock.read(metadata)
             require_block_size(superblock.block_size)
             read_only = read_only or superblock.needs_check
@@ -126,38 +146,26 @@ class KernelPool:
                 part = Backing(path, read_only=read_only and path is metadata, live=number)
                 live.callback(part.close if left is None else part.abandon)
                 parts.append(part)
-            pool = cls(control, parts[0], parts[1], f"the pool of {fspath(metadata)}")
-            pool._nr_devices = nr_devices
             target = pool_target(superblock, *parts, read_only=read_only, passdown=passdown)
-            pool._start(target, live, left)
+            if left is None:
+                name, uuid = f"blocksnap-{identity}-pool", f"{identity}-pool"
+                device = Device.create(control, name, [target], uuid=uuid, private=True)
+                live.callback(device.remove)
+            else:
+                device, target = left.device, left.target
+            table = PoolTable(device, target, *parts)
+            pool = cls(table, control, identity, *parts, read_only=target.read_only)
+            if left is not None:
+                pool._take_over(left.thin)
+                live.callback(device.remove)  # what failed before has left it as it was
+            pool._nr_devices = checked.devices if checked else len(pool.devices())
             pool._held, pool._live = held.pop_all(), live.pop_all()
         return pool
 
-    def _start(self, target: ThinPoolTarget, live: ExitStack, left: LeftPool | None) -> None:
-        if left is not None:
-            self._target, self._device = left.target, left.device
-        else:
-            self._target = target
-            self._device = Device.create(
-                self._control,
-                f"blocksnap-{self._identity}-pool",
-                [self._target],
-                uuid=f"{self._identity}-pool",
-                private=True,
-            )
-            live.callback(self._device.remove)
-        self._read_only = self._target.read_only
-        self._counts = KernelCounters(self._device.number, self._metadata.number, self._target.block_size)
-        self._last = self._require_status()
-        if left is not None:
-            self._take_over(left)
-            live.callback(self._device.remove)  # what failed before has left it as it was
-
-    def _take_over(self, left: LeftPool) -> None:
-        self._nr_devices = len(self.devices())
-        for device_id, device in left.thin.items():
-            self._active[device_id] = self._make_active(device_id, device, device.table()[0].length)
-        self.taken_over = frozenset(self._active)
+    def _take_over(self, thin: Mapping[int, Device]) -> None:
+        self._active.take_over(thin)
+        self.taken_over = frozenset(thin)
+        self._table.set_low_water(0, wait_when_full=False)
 
     def close(self) -> None:
         """Commit and release. BusyError while a device is open: the pool then stays as it is."""
@@ -166,9 +174,9 @@ class KernelPool:
                 return
             if self._begun:
                 raise BusyError(f"{self._what} has a running transaction: end it first")
-            busy = [error for device_id in list(self._active) if (error := self._busy(device_id))]
-            if busy and not self.taken_over >= self._active.keys():
-                raise busy[0]
+            busy = self._active.busy()
+            if busy and not self.taken_over >= busy.keys():
+                raise next(iter(busy.values()))
             if not self._read_only:
                 with suppress(BlocksnapError):  # what has failed is told by who opens it next
                     self._commit()
@@ -176,6 +184,7 @@ class KernelPool:
                 self.abandon()  # it goes on as it did before this process came
                 return
             self._closed = True
+            self._table.end()
             with self._held, self._live:
                 pass
 
@@ -185,11 +194,8 @@ class KernelPool:
             if self._closed:
                 return
             self._closed = True
-            for handle in self._handles:
-                handle.forget()
-            for active in self._active.values():
-                active.close()
-            self._active.clear()
+            self._table.end()
+            self._active.abandon()
             for part in (self._metadata, self._data):
                 part.abandon()
             self._release_begun()
@@ -211,10 +217,10 @@ class KernelPool:
             self._commit()
 
     def _commit(self) -> None:
+        self._require_open()
+        self._active.flush()
         with self._lock:
             self._require_open()
-            for active in self._active.values():
-                active.flush()
             self._counts.add(commits=1)
             self._device.status(commit=True)
             self._require_status()
@@ -256,11 +262,9 @@ class KernelPool:
         with self._lock:
             self._require_open()
             if self._read_only or isinstance(self._device.status()[0], FailedStatus):
-                Superblock.read(self._metadata.path)
                 yield
                 return
-            with self._device.suspended():
-                Superblock.read(self._metadata.path)  # which also drops what the page cache remembers
+            with self._table.suspended():
                 yield
 
     # ---- growing and reporting
@@ -279,45 +283,44 @@ class KernelPool:
         return status
 
     def status(self) -> EngineStatus:
-        with self._lock:
-            self._require_open()
-            (now,) = self._device.status()
-            failed = not isinstance(now, ThinPoolStatus)
-            if isinstance(now, ThinPoolStatus):
-                self._last = now
-            last = self._last
-            return EngineStatus(
-                transaction_id=last.transaction_id,
-                block_size=self._target.block_size,
-                data_blocks=last.total_data_blocks,
-                data_blocks_free=last.free_data_blocks,
-                metadata_blocks=last.total_metadata_blocks,
-                metadata_blocks_free=last.free_metadata_blocks,
-                held_root=last.held_root or 0,
-                time=Superblock.read(self._metadata.path).time,
-                nr_devices=self._nr_devices,
-                read_only=self._read_only or last.mode in (PoolMode.READ_ONLY, PoolMode.UNKNOWN),
-                needs_check=last.needs_check,
-                out_of_space=last.mode is PoolMode.OUT_OF_DATA_SPACE,
-                failed=failed,
-                direct_io=self._metadata.direct_io and self._data.direct_io,
-            )
+        """Return the present state; no lock of the pool is waited for."""
+        self._require_open()
+        (now,) = self._device.status()
+        failed = not isinstance(now, ThinPoolStatus)
+        if isinstance(now, ThinPoolStatus):
+            self._last = now
+        last = self._last
+        return EngineStatus(
+            transaction_id=last.transaction_id,
+            block_size=self._table.block_size,
+            data_blocks=last.total_data_blocks,
+            data_blocks_free=last.free_data_blocks,
+            metadata_blocks=last.total_metadata_blocks,
+            metadata_blocks_free=last.free_metadata_blocks,
+            held_root=last.held_root or 0,
+            time=Superblock.read(self._metadata.path).time,
+            nr_devices=self._nr_devices,
+            read_only=self._read_only or last.mode in (PoolMode.READ_ONLY, PoolMode.UNKNOWN),
+            needs_check=last.needs_check,
+            out_of_space=last.mode is PoolMode.OUT_OF_DATA_SPACE,
+            metadata_low=last.free_metadata_blocks <= _metadata_low_water(last) or not _has_room(last),
+            failed=failed,
+            direct_io=self._metadata.direct_io and self._data.direct_io,
+        )
 
     def counters(self) -> PoolCounters:
         return self._counts.counters()
 
     def extend(self, data_bytes: int) -> None:
         """Grow to the present sizes of the backing, of the data at most data_bytes (0 = all)."""
-        with self._lock:
-            self._require_open()
-            for part in (self._metadata, self._data):
-                part.refresh()
-            length = min(data_bytes or self._data.size, self._data.size)
-            length = max(length - length % self._target.block_size, self._target.length)
-            target = replace(self._target, length=length)
-            self._device.replace([target])
-            self._target = target
-            self._require_status()
+        self._require_open()
+        self._table.extend(data_bytes)
+        self._require_status()
+
+    def watch(self) -> KernelWatch:
+        """Return what tells of low space from now on; one at a time."""
+        self._watch = KernelWatch(self._table)
+        return self._watch
 
     # ---- devices
 
@@ -330,7 +333,7 @@ class KernelPool:
     def create_snapshot(self, device_id: int, origin_id: int) -> None:
         with self._lock:
             self._require_room(f"thin device {device_id}")
-            active = self._active.get(origin_id)
+            active = self._active.find(origin_id)
             if active is None:
                 self._device.create_snap(device_id, origin_id)
             else:
@@ -342,93 +345,35 @@ class KernelPool:
         self._require_open()
         if self._read_only:
             raise PrivilegeError(f"{self._what} is open read-only: open it for writing")
-        status = self._require_status()
-        if status.free_metadata_blocks < min(_METADATA_RESERVE, status.total_metadata_blocks // 4):
+        if not _has_room(self._require_status()) and not self._room_comes():
             raise NoSpaceError(
                 f"{what}: the metadata of {self._what.removeprefix('the ')} are full:"
                 ' delete devices, or "blocksnap pool extend --metadata-size"'
             )
 
+    def _room_comes(self) -> bool:
+        """Wait for the pool to grow, if somebody lets it."""
+        if self._watch is None:
+            return False
+        self._watch.wake()
+        waits = self._table.wait_until(
+            lambda: _has_room(self._require_status()) or not self._table.waits_when_full,
+            _WAIT_FOR_ROOM_SECONDS,
+        )
+        return waits and _has_room(self._require_status())
+
     def delete_device(self, device_id: int) -> None:
         """Delete a device; BusyError, which tells by whom, while it is open."""
         with self._lock:
             self._require_open()
-            if busy := self._busy(device_id):
-                raise busy
+            self._active.require_unused(device_id)
             self._device.delete(device_id)
             self._nr_devices -= 1
 
     def open_device(self, device_id: int, size: int) -> KernelDevice:
         with self._lock:
             self._require_open()
-            active = self._active.get(device_id)
-            if active is None:
-                active = self._active[device_id] = self._activate(device_id, size)
-            active.open()
-            active.handles += 1
-            what = self._called(device_id)
-            handle = KernelDevice(active, what, self._commits, self._resize, self._release)
-            self._handles = [each for each in self._handles if not each.closed] + [handle]
-            return handle
-
-    def _called(self, device_id: int) -> str:
-        return f"thin device {device_id} of {self._what.removeprefix('the ')}"
-
-    def _activate(self, device_id: int, size: int) -> ActiveDevice:
-        device = Device.create(
-            self._control,
-            f"blocksnap-{self._identity}-{device_id}",
-            [ThinTarget(size, self._device.number, device_id)],
-            uuid=f"{self._identity}-{device_id}",
-            read_only=self._read_only,
-        )
-        try:
-            return self._make_active(device_id, device, size)
-        except BaseException:
-            device.remove()
-            raise
-
-    def _make_active(self, device_id: int, device: Device, size: int) -> ActiveDevice:
-        self._counts.watch(device.number)
-        what, block_size = self._called(device_id), self._target.block_size
-        return ActiveDevice(device, size, block_size, what, self._counts, read_only=self._read_only)
-
-    def _release(self, active: ActiveDevice) -> None:
-        """Let a handle go; the last one takes the device out of the kernel, unless others have it open."""
-        with self._lock:
-            active.handles -= 1
-            if active.handles == 0 and not self._closed:
-                with suppress(BusyError):
-                    self._deactivate(active, timeout=0.5)
-
-    def _deactivate(self, active: ActiveDevice, timeout: float = 5.0) -> None:
-        with suppress(BlocksnapError):  # the pool is full or has failed: it tells so itself
-            active.flush()
-        active.close()
-        self._counts.forget(active.device.number)
-        try:
-            active.device.remove(timeout=timeout)
-        except BaseException:
-            self._counts.watch(active.device.number)
-            raise
-        for device_id, each in list(self._active.items()):
-            if each is active:
-                del self._active[device_id]
-
-    def _busy(self, device_id: int) -> BusyError | None:
-        """Return the error that says who uses a device; one that nobody uses leaves the kernel."""
-        active = self._active.get(device_id)
-        if active is not None and active.handles == 0:
-            with suppress(BusyError):
-                self._deactivate(active)
-        if active is None or device_id not in self._active:
-            return None
-        what = f"{self._called(device_id)} ({active.device.path})"
-        return BusyError(f"{what} is in use ({users_of(active.device)}): unmount or close it first")
-
-    def _resize(self, active: ActiveDevice, size: int) -> None:
-        with self._lock:
-            active.resize(size)
+            return self._active.open(device_id, size)
 
     # ---- metadata
 
@@ -447,3 +392,14 @@ class KernelPool:
         """Return the details of every device by ascending id."""
         with self._metadata_at_rest():
             return metadata_walks.devices(self._metadata.path)
+
+
+def _has_room(status: ThinPoolStatus) -> bool:
+    return status.free_metadata_blocks >= min(_METADATA_RESERVE, status.total_metadata_blocks // 4)
+
+
+def _metadata_low_water(status: ThinPoolStatus) -> int:
+    """Return the kernel's own mark, which old kernels do not tell."""
+    if status.metadata_low_water_blocks is not None:
+        return status.metadata_low_water_blocks
+    return min(_METADATA_LOW_WATER, status.total_metadata_blocks // 4)

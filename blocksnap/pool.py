@@ -22,22 +22,14 @@ from .errors import (
     PrivilegeError,
 )
 from .kernel_leftovers import remove_leftovers
-from .pool_files import (
-    PathArgument,
-    PoolFiles,
-    Progress,
-    backing_size,
-    creation,
-    fully_allocated,
-    grow_file,
-    metadata_size_for,
-    whole_blocks,
-    wipe_superblock,
-)
+from .pool_creation import make_pool
+from .pool_files import PathArgument, PoolFiles, Progress, fully_allocated, grow_file
 from .pool_recovery import open_catalog
 from .pool_report import DeviceUsage, PoolStatus, device_usage, pool_status, reverse_mappings
+from .pool_space import OnEvent, SpaceKeeper
 from .pool_transaction import DeviceTable, Transaction
 from .pool_walk import MetadataAtRest, MetadataWalks
+from .space_policy import ExtendPolicy
 from .thin_device import ThinDevice, parse_device_size, require_name
 from .units import Size, parse_size
 
@@ -60,6 +52,8 @@ class Pool:
         self._devices: dict[int, ThinDevice] = {}
         self._lock = threading.RLock()
         self._walks = MetadataWalks(files.metadata, engine, catalog, self._lock)
+        self._extending = threading.Lock()
+        self._keeper: SpaceKeeper | None = None
         self._transaction: Transaction | None = None
         self._transaction_thread = 0
         self._failed = False
@@ -85,33 +79,36 @@ class Pool:
         data: PathArgument | None = None,
         catalog: PathArgument | None = None,
         direct_io: bool = False,
+        auto_extend: ExtendPolicy | None = None,
+        on_event: OnEvent | None = None,
     ) -> Self:
         """Make a pool in a new directory, or on two devices (or files), and open it.
 
         size is that of the data; without one, two devices are used whole. metadata_size defaults to 48 bytes
         a data block, at least 2 MiB. preallocate writes the data file full of zeros, so that later writes
         change no metadata of its file system. A failure at any moment leaves nothing behind that looks like
-        a pool.
+        a pool. auto_extend and on_event are those of open().
         """
         kind = engine_named(engine)
         files = PoolFiles.locate(path, metadata=metadata, data=data, catalog=catalog)
-        block_bytes = parse_size(block_size, "block size")
-        with creation(files):
-            if files.directory is None:
-                if preallocate or metadata_size is not None:
-                    raise ArgumentError(
-                        "preallocate and metadata_size are for a pool in a directory: drop them"
-                    )
-                data_bytes = backing_size(files.data) if size is None else parse_size(size)
-            else:
-                data_bytes = whole_blocks(size, block_bytes)
-                metadata_bytes = _metadata_size(metadata_size, data_bytes, block_bytes)
-                # Reserved: a commit that finds no space for its metadata could only be taken back.
-                grow_file(files.metadata, metadata_bytes, reserve=True, preallocate=preallocate)
-                grow_file(files.data, data_bytes, preallocate=preallocate, progress=progress)
-            _format(kind, files, data_bytes, block_bytes)
+        make_pool(
+            kind,
+            files,
+            size=size,
+            block_size=block_size,
+            metadata_size=metadata_size,
+            preallocate=preallocate,
+            progress=progress,
+        )
         return cls.open(
-            path, engine=engine, metadata=metadata, data=data, catalog=catalog, direct_io=direct_io
+            path,
+            engine=engine,
+            metadata=metadata,
+            data=data,
+            catalog=catalog,
+            direct_io=direct_io,
+            auto_extend=auto_extend,
+            on_event=on_event,
         )
 
     @classmethod
@@ -127,6 +124,8 @@ class Pool:
         data: PathArgument | None = None,
         catalog: PathArgument | None = None,
         adopt: bool = False,
+        auto_extend: ExtendPolicy | None = None,
+        on_event: OnEvent | None = None,
     ) -> Self:
         """Open an existing pool and repair what a crash interrupted.
 
@@ -134,6 +133,10 @@ class Pool:
         the data file is fully allocated. A pool without a catalog gets one with devices named "thin-<id>".
         Where pool and catalog disagree in a way that no crash explains, PoolFormatError; adopt takes over
         what the pool holds.
+
+        With auto_extend the pool grows by itself while it is open, and a write that finds it full waits for
+        that; without, it fails at once. on_event is called with what happens to the pool's space, on another
+        thread.
         """
         kind = engine_named(engine)
         files = PoolFiles.locate(path, metadata=metadata, data=data, catalog=catalog)
@@ -146,38 +149,51 @@ class Pool:
         )
         try:
             if files.directory is not None:
-                with suppress(
-                    BlocksnapError
-                ):  # what a killed server left mounted can wait for who may unmount
+                # What a killed server left mounted can wait for who may unmount.
+                with suppress(BlocksnapError):
                     end_dead_export(files.directory / "export")
-            return cls(files, core, open_catalog(files, core, adopt=adopt))
+            pool = cls(files, core, open_catalog(files, core, adopt=adopt))
+            if (auto_extend is not None or on_event is not None) and not pool.read_only:
+                pool._keeper = SpaceKeeper(files, core, pool._extending, auto_extend, on_event)
         except BaseException:
             core.abandon()
             raise
+        return pool
 
     def close(self) -> None:
         """Commit and release the pool; BusyError while a device is held by an export."""
         self._refuse_in_transaction("close")
-        with self._walks.turn, self._lock:
-            held = next((device.name for device in self._devices.values() if device.held), None)
-            if held is not None:
-                raise BusyError(
-                    f'thin device "{held}" is in use: unmount it before closing pool {self._files}'
-                )
-            for device in self._devices.values():
-                device._close()
-            if self._failed:
-                self._engine.abandon()
-            try:
-                self._engine.close()
-            finally:
-                if self._engine.closed:
-                    self._catalog.close()
+        try:
+            with self._walks.turn, self._lock:
+                self._close()
+        finally:
+            if self._engine.closed:
+                self._end_keeper()
+
+    def _close(self) -> None:
+        held = next((device.name for device in self._devices.values() if device.held), None)
+        if held is not None:
+            raise BusyError(f'thin device "{held}" is in use: unmount it before closing pool {self._files}')
+        for device in self._devices.values():
+            device._close()
+        if self._failed:
+            self._engine.abandon()
+        try:
+            self._engine.close()
+        finally:
+            if self._engine.closed:
+                self._catalog.close()
 
     def abandon(self) -> None:
         """Drop the pool without a commit, as a killed process does. For tests and emergencies."""
         self._engine.abandon()
         self._catalog.close()
+        self._end_keeper()
+
+    def _end_keeper(self) -> None:
+        keeper, self._keeper = self._keeper, None
+        if keeper is not None:
+            keeper.end()
 
     def __enter__(self) -> Self:
         return self
@@ -259,7 +275,7 @@ class Pool:
         progress: Progress | None = None,
     ) -> None:
         """Grow data, metadata or both to new sizes; a pool on devices grows to what its devices have now."""
-        with self._lock:
+        with self._lock, self._extending:
             self._refuse_in_transaction("extend")
             self._require_writable()
             status = self.status()
@@ -439,16 +455,3 @@ class Pool:
             )
         if self._read_only:
             raise PrivilegeError(f"pool {self._files} is open read-only: open it for writing")
-
-
-def _metadata_size(size: Size | None, data_bytes: int, block_size: int) -> int:
-    return metadata_size_for(data_bytes, block_size) if size is None else parse_size(size, "metadata size")
-
-
-def _format(kind: type[Engine], files: PoolFiles, data_bytes: int, block_size: int) -> None:
-    kind.format(files.metadata, files.data, data_bytes=data_bytes, block_size=block_size)
-    try:
-        Catalog.create(files.catalog, 0).close()
-    except BaseException:
-        wipe_superblock(files.metadata)
-        raise

@@ -5,10 +5,12 @@ inside a call with it; a call that comes later fails with ArgumentError.
 """
 
 import errno
+import os
+import select
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from os import PathLike, fspath
 from typing import Any, Self
@@ -24,6 +26,7 @@ __all__ = [
     "PoolCounters",
     "UserDevice",
     "UserPool",
+    "UserWatch",
     "bytes_of",
 ]
 
@@ -31,6 +34,7 @@ Buffer = Any
 """Anything with the buffer protocol, contiguous: bytes, bytearray, memoryview, numpy arrays."""
 
 _DEVICES_A_CALL = 1 << 10
+_WAIT_WHEN_FULL_MS = 60_000  # as long as the kernel's pool waits
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +75,12 @@ class EngineStatus:
     read_only: bool
     needs_check: bool
     out_of_space: bool
+    metadata_low: bool
     failed: bool
     direct_io: bool
 
 
-_FLAGS = {"read_only", "needs_check", "out_of_space", "failed", "direct_io"}
+_FLAGS = {"read_only", "needs_check", "out_of_space", "metadata_low", "failed", "direct_io"}
 
 
 def _values(struct: Any, kind: type[Any]) -> dict[str, Any]:
@@ -200,13 +205,45 @@ class UserDevice:
         self.close()
 
 
+class UserWatch:
+    """What the core tells of a pool's space; one thread waits for it."""
+
+    def __init__(self, pool: Handle) -> None:
+        self._pool = pool
+        self._armed: tuple[int, bool] | None = None
+        self._events = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def arm(self, low_water: int, *, wait_when_full: bool) -> None:
+        """Tell when the free data fall to low_water bytes; a full pool lets writers wait, or fails them."""
+        if self._armed == (low_water, wait_when_full):
+            return
+        with self._pool as pool:
+            wait = _WAIT_WHEN_FULL_MS if wait_when_full else 0
+            check(lib.bs_pool_watch(pool, self._events, low_water, wait))
+        self._armed = low_water, wait_when_full
+
+    def wait(self, timeout: float) -> None:
+        """Return when something was told, which may have been before the call, or after the time-out."""
+        select.select([self._events], [], [], timeout)
+        with suppress(BlockingIOError):
+            os.eventfd_read(self._events)
+
+    def wake(self) -> None:
+        os.eventfd_write(self._events, 1)
+
+    def close(self) -> None:
+        with suppress(ArgumentError), self._pool as pool:  # a closed pool watches nothing
+            lib.bs_pool_watch(pool, -1, 0, 0)
+        os.close(self._events)
+
+
 class UserPool:
     """A thin pool opened by the user engine; it belongs to this process until it is closed."""
 
     name = "user"
     messages_commit = False
-    taken_over: frozenset[int] = frozenset()
     """Whether each creation and deletion is durable at once, before end()."""
+    taken_over: frozenset[int] = frozenset()
 
     def __init__(self, pointer: Any, what: str) -> None:
         self._handle = Handle(pointer, what)
@@ -322,6 +359,10 @@ class UserPool:
         """Grow to the present sizes of the backing, of the data at most data_bytes (0 = all)."""
         with self._handle as pool:
             check(lib.bs_pool_extend(pool, data_bytes))
+
+    def watch(self) -> "UserWatch":
+        """Return what tells of low space from now on; one at a time."""
+        return UserWatch(self._handle)
 
     def create_device(self, device_id: int) -> None:
         with self._handle as pool:

@@ -31,6 +31,7 @@ struct bs_pool_status {
 	uint8_t read_only;
 	uint8_t needs_check;
 	uint8_t out_of_space;
+	uint8_t metadata_low; /* a quarter (at most 4 MiB) or less is free, or the next change does not fit */
 	uint8_t failed;
 	uint8_t direct_io;
 };
@@ -92,6 +93,10 @@ int bs_pool_counters(struct bs_pool *pool, struct bs_pool_counters *ret);
 /* Grow to the sizes that the backing files have now (data at most data_bytes, 0 = all of it). Never shrinks.
  */
 int bs_pool_extend(struct bs_pool *pool, uint64_t data_bytes);
+/* Add 1 to an eventfd when the free data fall to data_low bytes, or metadata are low: once each until the next
+ * call. Who finds the pool full waits up to wait_ms for it to grow. fd -1: no
+ * more of this. */
+int bs_pool_watch(struct bs_pool *pool, int fd, uint64_t data_low, int wait_ms);
 int bs_pool_create_device(struct bs_pool *pool, uint32_t id);
 int bs_pool_create_snapshot(struct bs_pool *pool, uint32_t id, uint32_t origin);
 int bs_pool_delete_device(struct bs_pool *pool, uint32_t id);

@@ -69,6 +69,12 @@ struct bs_pool {
 	int commit_result;
 	char commit_message[512];
 
+	int watch_fd;      /* an eventfd, -1: nobody watches the space */
+	uint64_t data_low; /* bytes */
+	int wait_ms;       /* how long who finds the pool full waits for it to grow */
+	bool told_data, told_metadata;
+	pthread_cond_t space_came;
+
 	pthread_t committer;
 	bool committer_runs, stopping;
 	pthread_cond_t wake_committer;
@@ -100,6 +106,8 @@ int commit_group(struct bs_pool *pool);
 int make_room(struct bs_pool *pool, bool releasing);
 /* Reserve a data block, by a commit if that frees some. May give the lock away for a while. */
 int reserve_data(struct bs_pool *pool, uint64_t *ret);
+/* Is a quarter of the metadata (at most 4 MiB) or less free, or too little for the next change? */
+bool metadata_low(struct bs_pool *pool);
 /* A metadata change failed half-way: back to the committed state, read-only, needs_check. Returns err. */
 int break_transaction(struct bs_pool *pool, int err);
 /* 0 or why nothing can be changed. */

@@ -16,6 +16,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "disk_format.h"
 #include "engine.h"
@@ -24,6 +25,7 @@
 
 #define COMMIT_INTERVAL 1 /* second */
 #define MANY_RETIRED 1024 /* pages: 4 MiB */
+#define METADATA_LOW_WATER 1024
 
 int check_writable(struct bs_pool *pool)
 {
@@ -118,6 +120,7 @@ int commit_locked(struct bs_pool *pool)
 	if (r == 0)
 		r = thin_metadata_commit(pool->md, &written);
 	if (r == 0) {
+		pthread_cond_broadcast(&pool->space_came);
 		pass_down(pool, freed, nr_freed);
 		atomic_fetch_add(&pool->counters.metadata, written);
 		atomic_fetch_add(&pool->counters.commits, 1);
@@ -192,7 +195,67 @@ static int commit_for_space(struct bs_pool *pool)
 	return r < 0 ? r : 1;
 }
 
-int make_room(struct bs_pool *pool, bool releasing)
+/* ---- low and out of space ---- */
+
+static void tell_watcher(struct bs_pool *pool)
+{
+	uint64_t one = 1;
+
+	/* A full counter has been told enough. */
+	if (write(pool->watch_fd, &one, sizeof(one)) < 0)
+		return;
+}
+
+bool metadata_low(struct bs_pool *pool)
+{
+	struct thin_metadata_status status;
+
+	thin_metadata_status(pool->md, &status);
+	uint64_t quarter = status.metadata_blocks / 4;
+	return status.metadata_free <= (quarter < METADATA_LOW_WATER ? quarter : METADATA_LOW_WATER) ||
+	       thin_metadata_room(pool->md, false) == -ENOSPC;
+}
+
+static void watch_space(struct bs_pool *pool)
+{
+	struct thin_metadata_status status;
+
+	if (pool->watch_fd < 0 || (pool->told_data && pool->told_metadata))
+		return;
+	thin_metadata_status(pool->md, &status);
+	bool data = !pool->told_data && status.data_free * pool->block_size <= pool->data_low;
+	bool metadata = !pool->told_metadata && metadata_low(pool);
+	pool->told_data |= data;
+	pool->told_metadata |= metadata;
+	if (data || metadata)
+		tell_watcher(pool);
+}
+
+static struct timespec wait_limit(const struct bs_pool *pool)
+{
+	struct timespec until;
+
+	clock_gettime(CLOCK_MONOTONIC, &until);
+	until.tv_sec += pool->wait_ms / 1000;
+	until.tv_nsec += pool->wait_ms % 1000 * 1000000L;
+	if (until.tv_nsec >= 1000000000L) {
+		until.tv_sec++;
+		until.tv_nsec -= 1000000000L;
+	}
+	return until;
+}
+
+/* The pool is full: give the lock away until it has changed. False if nobody makes it grow, or not in time. */
+static bool wait_for_space(struct bs_pool *pool, const struct timespec *until)
+{
+	if (pool->watch_fd >= 0)
+		tell_watcher(pool);
+	if (pool->wait_ms == 0)
+		return false;
+	return pthread_cond_timedwait(&pool->space_came, &pool->lock, until) == 0;
+}
+
+static int make_room_now(struct bs_pool *pool, bool releasing)
 {
 	int r = thin_metadata_room(pool->md, releasing);
 
@@ -204,7 +267,22 @@ int make_room(struct bs_pool *pool, bool releasing)
 	return thin_metadata_room(pool->md, releasing);
 }
 
-int reserve_data(struct bs_pool *pool, uint64_t *ret)
+int make_room(struct bs_pool *pool, bool releasing)
+{
+	int r = make_room_now(pool, releasing);
+
+	if (r == -ENOSPC && !releasing) {
+		struct timespec until = wait_limit(pool);
+
+		while (r == -ENOSPC && wait_for_space(pool, &until))
+			r = make_room_now(pool, releasing);
+	}
+	if (r == 0)
+		watch_space(pool);
+	return r;
+}
+
+static int reserve_data_now(struct bs_pool *pool, uint64_t *ret)
 {
 	struct thin_metadata_status status;
 	int r = thin_reserve(pool->md, ret);
@@ -218,6 +296,21 @@ int reserve_data(struct bs_pool *pool, uint64_t *ret)
 	if (committed < 0)
 		return committed;
 	return thin_reserve(pool->md, ret);
+}
+
+int reserve_data(struct bs_pool *pool, uint64_t *ret)
+{
+	int r = reserve_data_now(pool, ret);
+
+	if (r == -ENOSPC) {
+		struct timespec until = wait_limit(pool);
+
+		while (r == -ENOSPC && wait_for_space(pool, &until))
+			r = reserve_data_now(pool, ret);
+	}
+	if (r == 0)
+		watch_space(pool);
+	return r;
 }
 
 /* At least once a second what was changed is committed; errors show at the next flush, in the pool's state.

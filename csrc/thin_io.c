@@ -276,12 +276,13 @@ static int insert_mapping(struct bs_device *device, uint64_t block, uint64_t tar
 {
 	struct bs_pool *pool = device->pool;
 	uint64_t packed;
-	int r = check_writable(pool);
+	int r = make_room(pool, false);
 
+	/* It may have given the lock away. */
+	if (r == 0)
+		r = check_writable(pool);
 	if (r == 0)
 		r = check_device(device);
-	if (r == 0)
-		r = make_room(pool, false);
 	if (r < 0) {
 		thin_unreserve(pool->md, target);
 		return r;

@@ -45,6 +45,7 @@ static void init_locks(struct bs_pool *pool)
 	pthread_condattr_init(&clock);
 	pthread_condattr_setclock(&clock, CLOCK_MONOTONIC);
 	pthread_cond_init(&pool->wake_committer, &clock);
+	pthread_cond_init(&pool->space_came, &clock);
 	pthread_condattr_destroy(&clock);
 	for (int i = 0; i < CELLS; i++)
 		pthread_mutex_init(&pool->cells[i], NULL);
@@ -60,6 +61,7 @@ static void deinit_locks(struct bs_pool *pool)
 	pthread_cond_destroy(&pool->hold_ended);
 	pthread_cond_destroy(&pool->commit_done);
 	pthread_cond_destroy(&pool->wake_committer);
+	pthread_cond_destroy(&pool->space_came);
 	for (int i = 0; i < CELLS; i++)
 		pthread_mutex_destroy(&pool->cells[i]);
 	for (int i = 0; i < RMW_LOCKS; i++)
@@ -130,6 +132,7 @@ static int create_pool(unsigned int flags, struct bs_pool **ret)
 	init_locks(pool);
 	pool->read_only = flags & BS_POOL_READ_ONLY;
 	pool->passdown = flags & BS_POOL_PASSDOWN;
+	pool->watch_fd = -1;
 	*ret = pool;
 	return 0;
 }
@@ -284,11 +287,24 @@ int bs_pool_status(struct bs_pool *pool, struct bs_pool_status *ret)
 		.read_only = pool->read_only || status.needs_check,
 		.needs_check = status.needs_check,
 		.out_of_space = status.data_free == 0,
+		.metadata_low = metadata_low(pool),
 		.failed = status.failed,
 		.direct_io = pool->data_io->alignment > 1,
 	};
 	pthread_mutex_unlock(&pool->lock);
 	return n < 0 ? n : 0;
+}
+
+int bs_pool_watch(struct bs_pool *pool, int fd, uint64_t data_low, int wait_ms)
+{
+	pthread_mutex_lock(&pool->lock);
+	pool->watch_fd = fd;
+	pool->data_low = data_low;
+	pool->wait_ms = fd < 0 ? 0 : wait_ms;
+	pool->told_data = pool->told_metadata = false;
+	pthread_cond_broadcast(&pool->space_came);
+	pthread_mutex_unlock(&pool->lock);
+	return 0;
 }
 
 int bs_pool_counters(struct bs_pool *pool, struct bs_pool_counters *ret)
@@ -337,6 +353,7 @@ int bs_pool_extend(struct bs_pool *pool, uint64_t data_bytes)
 			int committed = pool->held ? 0 : commit_locked(pool);
 
 			r = r < 0 ? r : committed;
+			pthread_cond_broadcast(&pool->space_came);
 		} else
 			r = break_transaction(pool, r);
 	}

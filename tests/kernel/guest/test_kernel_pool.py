@@ -3,7 +3,7 @@
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,10 @@ from blocksnap.errors import (
     PrivilegeError,
 )
 from blocksnap.pool import Pool
-from tests.kernel.devices import leftovers, sweep
+from tests.kernel.devices import leftovers
 
 SIZE = 1 << 20
 BLOCK = 64 << 10
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Iterator[Path]:
-    """Where a pool may lie; afterwards neither the kernel nor a loop device has anything of it."""
-    yield tmp_path / "pool"
-    with Control.open() as control:
-        assert sweep(control) == []
-    assert pool_loops() == []
 
 
 def pool_loops() -> list[str]:

@@ -108,8 +108,12 @@ class Action(StrEnum):
     CREATE = "create"
     DELETE = "delete"
     RESIZE = "resize"
+    SHRINK = "shrink"
+    """A resize of an engine that commits at once: what lies behind the new end may be gone already."""
     RELABEL = "relabel"
     CONDEMN = "condemn"
+    UNMAKE = "unmake"
+    """A creation that an abort is taking back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,12 +308,14 @@ class Catalog:
             case Action.DELETE:
                 self._database.execute("DELETE FROM device WHERE id = ?", (record.id,))
                 self._database.execute("UPDATE device SET origin = NULL WHERE origin = ?", (record.id,))
-            case Action.RESIZE:
+            case Action.RESIZE | Action.SHRINK:
                 self._database.execute("UPDATE device SET size = ? WHERE id = ?", (record.size, record.id))
             case Action.RELABEL:
                 self._database.execute(
                     "UPDATE device SET labels = ? WHERE id = ?", (_labels(record), record.id)
                 )
+            case Action.UNMAKE:
+                pass
             case Action.CONDEMN:
                 self._database.execute(
                     "UPDATE device SET name = ?, condemned = 1 WHERE id = ?", (record.name, record.id)

@@ -15,7 +15,7 @@ from .kernel_counters import KernelCounters
 from .kernel_device import ActiveDevice, KernelDevice, users_of
 from .udev import make_node
 
-__all__ = ["ActiveDevices"]
+__all__ = ["ActiveDevices", "open_external_origin"]
 
 
 class ActiveDevices:
@@ -75,7 +75,7 @@ class ActiveDevices:
             self._active[device_id] = self._make_active(device_id, device, target.length, origin)
 
     def _activate(self, device_id: int, size: int, external_origin: PathArgument | None) -> ActiveDevice:
-        origin = None if external_origin is None else _open_origin(external_origin)
+        origin = None if external_origin is None else open_external_origin(external_origin)
         try:
             device = Device.create(
                 self._control,
@@ -190,7 +190,8 @@ class ActiveDevices:
         self._active.clear()
 
 
-def _open_origin(path: PathArgument) -> Backing:
+def open_external_origin(path: PathArgument) -> Backing:
+    """Return a file or block device, read-only; ArgumentError for a block device that can be written to."""
     origin = Backing(path, read_only=True)
     if not origin.read_only:
         origin.close()

@@ -28,7 +28,7 @@ from .errors import (
     NoSpaceError,
     PrivilegeError,
 )
-from .kernel_active import ActiveDevices
+from .kernel_active import ActiveDevices, open_external_origin
 from .kernel_backing import (
     Backing,
     Superblock,
@@ -98,6 +98,7 @@ class KernelPool:
         self._closed = False
         self._watch: KernelWatch | None = None
         self._read_only = read_only
+        self._time = 0
         self._last = self._require_status()
         self._nr_devices = 0
 
@@ -290,6 +291,8 @@ class KernelPool:
         if isinstance(now, ThinPoolStatus):
             self._last = now
         last = self._last
+        with suppress(BlocksnapError):  # it may be the metadata device that has failed
+            self._time = Superblock.read(self._metadata.path).time
         return EngineStatus(
             transaction_id=last.transaction_id,
             block_size=self._table.block_size,
@@ -298,7 +301,7 @@ class KernelPool:
             metadata_blocks=last.total_metadata_blocks,
             metadata_blocks_free=last.free_metadata_blocks,
             held_root=last.held_root or 0,
-            time=Superblock.read(self._metadata.path).time,
+            time=self._time,
             nr_devices=self._nr_devices,
             read_only=self._read_only or last.mode in (PoolMode.READ_ONLY, PoolMode.UNKNOWN),
             needs_check=last.needs_check,
@@ -370,10 +373,23 @@ class KernelPool:
             self._device.delete(device_id)
             self._nr_devices -= 1
 
-    def open_device(self, device_id: int, size: int) -> KernelDevice:
+    def users_of(self, device_id: int) -> str:
+        """Return who uses a device, empty if nobody does."""
+        return self._active.users_of(device_id, timeout=0.5)
+
+    def remove_when_unused(self, device_id: int) -> None:
+        """Let a device that others have open leave the kernel with its last user."""
+        self._active.remove_when_unused(device_id)
+
+    @staticmethod
+    def require_external_origin(path: str | PathLike[str]) -> None:
+        """Raise why a path cannot be an external origin."""
+        open_external_origin(path).close()
+
+    def open_device(self, device_id: int, size: int, external_origin: str | None = None) -> KernelDevice:
         with self._lock:
             self._require_open()
-            return self._active.open(device_id, size)
+            return self._active.open(device_id, size, external_origin=external_origin)
 
     # ---- metadata
 

@@ -1,7 +1,8 @@
 """The library's front door: Pool and ThinDevice, by name, over an engine and a catalog that always agree."""
 
+import os
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
@@ -18,16 +19,15 @@ from .errors import (
     BlocksnapError,
     BusyError,
     DeviceNotFoundError,
-    NeedsCheckError,
-    PrivilegeError,
 )
 from .kernel_leftovers import remove_leftovers
+from .pool_changes import PoolChanges
 from .pool_creation import make_pool
 from .pool_files import PathArgument, PoolFiles, Progress, fully_allocated, grow_file
 from .pool_recovery import open_catalog
 from .pool_report import DeviceUsage, PoolStatus, device_usage, pool_status, reverse_mappings
 from .pool_space import OnEvent, SpaceKeeper
-from .pool_transaction import DeviceTable, Transaction
+from .pool_transaction import DeviceTable
 from .pool_walk import MetadataAtRest, MetadataWalks
 from .space_policy import ExtendPolicy
 from .thin_device import ThinDevice, parse_device_size, require_name
@@ -48,19 +48,14 @@ class Pool:
         self._files = files
         self._engine = engine
         self._catalog = catalog
-        self._table = DeviceTable(catalog.records(), f"pool {files}")
+        name = f"pool {files}"
+        self._table = DeviceTable(catalog.records(), name)
         self._devices: dict[int, ThinDevice] = {}
-        self._lock = threading.RLock()
+        self._changes = PoolChanges(name, engine, catalog, self._table, self._close_handle, self._forget)
+        self._lock = self._changes.lock
         self._walks = MetadataWalks(files.metadata, engine, catalog, self._lock)
         self._extending = threading.Lock()
         self._keeper: SpaceKeeper | None = None
-        self._transaction: Transaction | None = None
-        self._transaction_thread = 0
-        self._failed = False
-        status = engine.status()
-        self._transaction_id = status.transaction_id
-        self._read_only = status.read_only
-        self._needs_check = status.needs_check
 
     # ---- making, opening, closing
 
@@ -153,6 +148,8 @@ class Pool:
                 with suppress(BlocksnapError):
                     end_dead_export(files.directory / "export")
             pool = cls(files, core, open_catalog(files, core, adopt=adopt))
+            if not pool.read_only:
+                pool._changes.delete_condemned()
             if (auto_extend is not None or on_event is not None) and not pool.read_only:
                 pool._keeper = SpaceKeeper(files, core, pool._extending, auto_extend, on_event)
         except BaseException:
@@ -176,7 +173,7 @@ class Pool:
             raise BusyError(f'thin device "{held}" is in use: unmount it before closing pool {self._files}')
         for device in self._devices.values():
             device._close()
-        if self._failed:
+        if self._changes.failed:
             self._engine.abandon()
         try:
             self._engine.close()
@@ -222,7 +219,7 @@ class Pool:
 
     @property
     def read_only(self) -> bool:
-        return self._read_only
+        return self._changes.read_only
 
     def devices(self) -> list[ThinDevice]:
         """Return every thin device by name."""
@@ -239,12 +236,27 @@ class Pool:
         with self._lock:
             return [device for device in self.devices() if device.id in self._engine.taken_over]
 
-    def create_device(self, name: str, size: Size, *, labels: Mapping[str, str] | None = None) -> ThinDevice:
-        """Create a thin device that reads as zeros and takes no space until it is written to."""
+    def create_device(
+        self,
+        name: str,
+        size: Size,
+        *,
+        labels: Mapping[str, str] | None = None,
+        external_origin: PathArgument | None = None,
+    ) -> ThinDevice:
+        """Create a thin device that takes no space until it is written to.
+
+        What was not written reads as zeros, or as the external origin has it: a file or a read-only block
+        device, which nobody may change from now on.
+        """
         require_name(name)
         size_bytes = parse_device_size(size)
-        with self._mutation() as transaction:
-            return self._device(transaction.create(name, size_bytes, labels or {}))
+        below = None
+        if external_origin is not None:
+            self._engine.require_external_origin(external_origin)
+            below = os.path.abspath(external_origin)
+        with self._changes.one() as transaction:
+            return self._device(transaction.create(name, size_bytes, labels or {}, external_origin=below))
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -253,11 +265,8 @@ class Pool:
         Deletions and shrinking take effect at the end. No flush or commit of this thread can happen inside;
         those of other threads wait.
         """
-        with self._lock:
-            if self._transaction is not None:
-                raise ArgumentError("a transaction is under way already: they do not nest")
-            with self._mutation():
-                yield
+        with self._changes.several():
+            yield
 
     def commit(self) -> None:
         """Make everything written so far durable, in one commit for all devices."""
@@ -277,7 +286,7 @@ class Pool:
         """Grow data, metadata or both to new sizes; a pool on devices grows to what its devices have now."""
         with self._lock, self._extending:
             self._refuse_in_transaction("extend")
-            self._require_writable()
+            self._changes.require_writable()
             status = self.status()
             data_bytes = status.data_bytes if size is None else parse_size(size)
             metadata_bytes = (
@@ -294,7 +303,7 @@ class Pool:
 
     def status(self) -> PoolStatus:
         """Return sizes, numbers, flags and byte counters of the pool."""
-        return pool_status(str(self._files), self._engine)
+        return pool_status(str(self._files), self._engine, len(self._table.condemned()))
 
     def usage(self) -> list[DeviceUsage]:
         """Return the mapped, exclusive and shared bytes of every thin device, by name."""
@@ -356,29 +365,34 @@ class Pool:
         return origin.name if origin is not None and origin.created <= record.created else None
 
     def _open_handle(self, record: DeviceRecord) -> EngineDevice:
-        return self._engine.open_device(record.id, record.size)
+        return self._engine.open_device(record.id, record.size, record.external_origin)
 
     def _snapshot(self, device: ThinDevice, name: str, labels: Mapping[str, str]) -> ThinDevice:
         require_name(name)
-        with self._mutation() as transaction:
+        with self._changes.one() as transaction:
             origin = device._current()
             return self._device(transaction.create(name, origin.size, labels, origin))
 
     def _resize(self, device: ThinDevice, size: int) -> None:
-        with self._mutation() as transaction:
+        with self._changes.one() as transaction:
             transaction.resize(device._current(), size)
 
     def _relabel(self, device: ThinDevice, labels: Mapping[str, str]) -> None:
-        with self._mutation() as transaction:
+        with self._changes.one() as transaction:
             transaction.relabel(device._current(), labels)
 
-    def _delete(self, device: ThinDevice) -> None:
-        with self._mutation() as transaction:
+    def _delete(self, device: ThinDevice, *, deferred: bool) -> None:
+        with self._changes.one() as transaction:
             record = device._current()
-            if device.held:
-                raise BusyError(f'thin device "{record.name}" is in use: unmount it first')
-            device._close()
-            transaction.delete(record)
+            if not device.held:
+                device._close()
+            users = "" if transaction.holds(record.id) else self._engine.users_of(record.id)
+            if not users:
+                transaction.delete(record)
+            elif deferred:
+                transaction.condemn(record)
+            else:
+                raise BusyError(f'thin device "{record.name}" is in use ({users}): unmount or close it first')
 
     # ---- inside
 
@@ -391,37 +405,8 @@ class Pool:
     def _id_of(self, device: ThinDevice | str) -> int:
         return device._current().id if isinstance(device, ThinDevice) else self._table.named(device).id
 
-    @contextmanager
-    def _mutation(self) -> Iterator[Transaction]:
-        """Give the transaction under way, or one that ends with the block."""
-        with self._lock:
-            if self._transaction is not None:
-                yield self._transaction
-                return
-            self._require_writable()
-            transaction = Transaction(
-                self._engine, self._catalog, self._table, self._transaction_id, self._close_handle
-            )
-            transaction.begin()
-            self._transaction, self._transaction_thread = transaction, threading.get_ident()
-            try:
-                yield transaction
-            except BaseException:
-                with suppress(BlocksnapError):
-                    transaction.abort()
-                raise
-            else:
-                transaction.complete()
-            finally:
-                self._transaction = None
-                self._transaction_id = transaction.transaction_id
-                self._failed = self._failed or not transaction.ended
-                self._forget_deleted(transaction.touched)
-
-    def _forget_deleted(self, device_ids: Collection[int]) -> None:
-        for device_id in device_ids:
-            if self._table.find(device_id) is None:
-                self._devices.pop(device_id, None)
+    def _forget(self, device_id: int) -> None:
+        self._devices.pop(device_id, None)
 
     def _close_handle(self, device_id: int) -> None:
         device = self._devices.get(device_id)
@@ -432,7 +417,7 @@ class Pool:
     def _walk(self, *, whole: bool = False) -> Iterator[MetadataAtRest]:
         """Give metadata that stay as they are; the pool goes on unless the walk wants the whole of them."""
         self._refuse_in_transaction("walk the metadata")
-        if self._read_only or self._failed:
+        if self._changes.read_only or self._changes.failed:
             walk = self._walks.as_they_are
         else:
             walk = self._walks.at_rest if whole else self._walks.committed
@@ -440,18 +425,4 @@ class Pool:
             yield metadata
 
     def _refuse_in_transaction(self, what: str) -> None:
-        if self._transaction is not None and self._transaction_thread == threading.get_ident():
-            raise BusyError(f"cannot {what} inside a transaction of the same thread: do it before or after")
-
-    def _require_writable(self) -> None:
-        if self._failed:
-            raise NeedsCheckError(
-                f"pool {self._files} could not complete a transaction: close and open it, which repairs it"
-            )
-        if self._needs_check:
-            raise NeedsCheckError(
-                f"pool {self._files} is read-only until it was checked:"
-                ' "blocksnap pool check --clear-needs-check"'
-            )
-        if self._read_only:
-            raise PrivilegeError(f"pool {self._files} is open read-only: open it for writing")
+        self._changes.refuse_inside(what)

@@ -4,7 +4,7 @@ import time
 from collections.abc import Collection
 
 from . import metadata as metadata_walks
-from .catalog import ADOPT, Action, Catalog, DeviceRecord
+from .catalog import ADOPT, Action, Catalog, DeviceRecord, Operation
 from .engines import Engine
 from .errors import PoolFormatError
 from .pool_files import PoolFiles
@@ -14,6 +14,7 @@ from .user_pool import EngineStatus
 __all__ = ["open_catalog"]
 
 _MAX_SIZE = 1 << 62
+_SIZES = (Action.CREATE, Action.RESIZE, Action.SHRINK)
 
 
 def open_catalog(files: PoolFiles, engine: Engine, *, adopt: bool = False) -> Catalog:
@@ -50,28 +51,41 @@ def open_catalog(files: PoolFiles, engine: Engine, *, adopt: bool = False) -> Ca
 def _settle(catalog: Catalog, engine: Engine, present: set[int], files: PoolFiles) -> bool:
     """Bring a pool whose engine commits each message to where the intent begins or ends; tell if it changed.
 
-    Deletions come last and cannot be taken back: if one was made, the rest of the transaction follows.
+    Deletions and shrinkings come last and cannot be taken back: if one was made, or may have been, the rest
+    of the transaction follows.
     """
     intended = catalog.intent()
-    made = {each.record.id for each in intended if each.action is Action.CREATE}
-    deletions = [each for each in intended if each.action is Action.DELETE]
-    gone = [each for each in deletions if each.record.id not in present]
-    whole = made <= present
-    unwanted = made if not gone or not whole else {each.record.id for each in deletions}
-    if engine.status().read_only and (gone or unwanted & present):
+    ids = {action: {each.record.id for each in intended if each.action is action} for action in Action}
+    finish = bool(ids[Action.SHRINK] or ids[Action.DELETE] - present)
+    unwanted = ids[Action.UNMAKE] | ids[Action.DELETE if finish else Action.CREATE]
+    if engine.status().read_only and (finish or unwanted & present):
         raise PoolFormatError(
             f"a transaction of pool {files} was interrupted: open it for writing once, which repairs it"
         )
+    if finish:
+        _shrink(engine, catalog.records(), intended)
     for device_id in sorted(unwanted & present):
         engine.delete_device(device_id)
-    if gone:
-        if not whole:  # an abort was interrupted
-            catalog.intend(gone, again=True)
+    if finish:
         engine.begin()
         engine.end(catalog.transaction_id, catalog.transaction_id + 1)
     elif unwanted & present:
         engine.commit()
-    return bool(gone or unwanted & present)
+    return finish or bool(unwanted & present)
+
+
+def _shrink(engine: Engine, records: list[DeviceRecord], intended: list[Operation]) -> None:
+    """Resize what an intent resizes, once more: the tails of what shrinks may be there still."""
+    before = {record.id: record for record in records}
+    present = {info.id for info in engine.devices()}
+    for operation in intended:
+        record = operation.record
+        if operation.action is Action.SHRINK and record.id in present:
+            old = before[record.id]
+            with engine.open_device(old.id, old.size, old.external_origin) as device:
+                device.resize(record.size)
+        if operation.action in _SIZES:
+            before[record.id] = record
 
 
 def _named_by_number(

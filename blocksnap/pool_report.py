@@ -23,7 +23,10 @@ REVERSE_MAPPING = np.dtype(
 
 @dataclass(frozen=True, slots=True)
 class PoolStatus:
-    """State of an open pool; sizes in bytes, counters since it was opened."""
+    """State of an open pool; sizes in bytes, counters since it was opened.
+
+    condemned_devices of its devices are deleted once nobody uses them.
+    """
 
     path: str
     engine: str
@@ -34,6 +37,7 @@ class PoolStatus:
     metadata_bytes: int
     metadata_free_bytes: int
     devices: int
+    condemned_devices: int
     time: int
     held_root: int
     read_only: bool
@@ -55,7 +59,7 @@ class DeviceUsage:
     shared_bytes: int
 
 
-def pool_status(path: str, engine: Engine) -> PoolStatus:
+def pool_status(path: str, engine: Engine, condemned_devices: int) -> PoolStatus:
     now = engine.status()
     return PoolStatus(
         path=path,
@@ -67,6 +71,7 @@ def pool_status(path: str, engine: Engine) -> PoolStatus:
         metadata_bytes=now.metadata_blocks * METADATA_BLOCK_SIZE,
         metadata_free_bytes=now.metadata_blocks_free * METADATA_BLOCK_SIZE,
         devices=now.nr_devices,
+        condemned_devices=condemned_devices,
         time=now.time,
         held_root=now.held_root,
         read_only=now.read_only,

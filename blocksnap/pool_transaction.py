@@ -3,7 +3,8 @@
 Between the user engine's begin and end nothing commits, so a crash loses all of it. The kernel engine commits
 each message: a creation is written down in the catalog before it is made, so that the next open can take it
 back. What adds (creation, snapshot, growth) happens at once and is taken back by an abort; what removes
-(deletion, shrinking) cannot be taken back and waits for the end.
+(deletion, shrinking) cannot be taken back and waits for the end. An intent with a shrinking is written only
+then: who finds it finishes it.
 """
 
 import time
@@ -24,14 +25,19 @@ class DeviceTable:
 
     def __init__(self, records: list[DeviceRecord], where: str) -> None:
         self._where = where
-        self._by_id = {record.id: record for record in records}
-        self._by_name = {record.name: record for record in records}
+        self._condemned = {record.id: record for record in records if record.condemned}
+        self._by_id = {record.id: record for record in records if not record.condemned}
+        self._by_name = {record.name: record for record in self._by_id.values()}
         self._before: list[tuple[DeviceRecord | None, DeviceRecord | None]] = []
         self._leaving: set[int] = set()
-        self._next_id = max(self._by_id, default=0) + 1
+        self._next_id = max((record.id for record in records), default=0) + 1
 
     def records(self) -> list[DeviceRecord]:
         return sorted(self._by_name.values(), key=lambda record: record.name)
+
+    def condemned(self) -> list[DeviceRecord]:
+        """Return the devices that are to be deleted once nobody uses them; nothing else finds them."""
+        return list(self._condemned.values())
 
     def named(self, name: str) -> DeviceRecord:
         record = self._by_name.get(name)
@@ -54,7 +60,8 @@ class DeviceTable:
                 self._next_id,
                 self._next_id + 1 if self._next_id < MAX_DEVICE_ID else 0,
             )
-            if candidate <= MAX_DEVICE_ID and candidate not in self._by_id and candidate not in self._leaving:
+            taken = candidate in self._by_id or candidate in self._leaving or candidate in self._condemned
+            if candidate <= MAX_DEVICE_ID and not taken:
                 return candidate
         raise NoSpaceError(
             f"{self._where} has {MAX_DEVICE_ID + 1} thin devices, the most there can be: delete some"
@@ -68,9 +75,13 @@ class DeviceTable:
             self._leaving.add(old.id)
 
     def _put(self, old: DeviceRecord | None, new: DeviceRecord | None) -> None:
-        if old is not None:
+        if old is not None and old.condemned:
+            del self._condemned[old.id]
+        elif old is not None:
             del self._by_id[old.id], self._by_name[old.name]
-        if new is not None:
+        if new is not None and new.condemned:
+            self._condemned[new.id] = new
+        elif new is not None:
             self._by_id[new.id] = self._by_name[new.name] = new
 
     def keep(self) -> None:
@@ -121,18 +132,26 @@ class Transaction:
             raise
 
     def create(
-        self, name: str, size: int, labels: Mapping[str, str], origin: DeviceRecord | None = None
+        self,
+        name: str,
+        size: int,
+        labels: Mapping[str, str],
+        origin: DeviceRecord | None = None,
+        *,
+        external_origin: str | None = None,
     ) -> DeviceRecord:
-        """Create a device, empty or a snapshot of its origin."""
+        """Create a device, empty or a snapshot of its origin, whose external origin it then has too."""
         if name in self._table:
             raise DeviceExistsError(f'a thin device "{name}" exists already: choose another name')
         if origin is not None and origin.id in self._shrinking:
             raise ArgumentError(f'"{origin.name}" shrinks in this transaction: take its snapshot in the next')
         device_id = self._table.free_id()
         origin_id = None if origin is None else origin.id
-        record = DeviceRecord(device_id, name, size, time.time_ns(), origin_id, dict(labels))
+        below = external_origin if origin is None else origin.external_origin
+        record = DeviceRecord(device_id, name, size, time.time_ns(), origin_id, dict(labels), below)
         if self._engine.messages_commit:
-            self._intend([*self._operations, Operation(Action.CREATE, record)])
+            known = [each for each in self._operations if each.action is not Action.SHRINK]
+            self._intend([*known, Operation(Action.CREATE, record)])
         if origin is None:
             self._engine.create_device(device_id)
         else:
@@ -153,6 +172,16 @@ class Transaction:
         operation = self._record(Action.DELETE, record, None)
         self._removals.append((operation, partial(self._delete_now, record.id)))
 
+    def condemn(self, record: DeviceRecord) -> None:
+        """Free the name of a device that is to be deleted later."""
+        self._record(
+            Action.CONDEMN, record, replace(record, name=f"{record.id}/{record.name}", condemned=True)
+        )
+
+    def holds(self, device_id: int) -> bool:
+        """Whether the transaction itself has a device open."""
+        return device_id in self._shrinking
+
     def resize(self, record: DeviceRecord, size: int) -> None:
         """Grow a device at once, shrink it at the end."""
         resized = replace(record, size=size)
@@ -163,8 +192,9 @@ class Transaction:
             return
         if record.id not in self._shrinking:
             # Held open, so that whoever opens it meanwhile gets the size that is still in force.
-            self._shrinking[record.id] = self._engine.open_device(record.id, record.size)
-        operation = self._record(Action.RESIZE, record, resized)
+            self._shrinking[record.id] = self._open(record)
+        action = Action.SHRINK if self._engine.messages_commit else Action.RESIZE
+        operation = self._record(action, record, resized)
         self._removals.append((operation, partial(self._shrinking[record.id].resize, size)))
 
     def relabel(self, record: DeviceRecord, labels: Mapping[str, str]) -> None:
@@ -188,6 +218,9 @@ class Transaction:
 
     def abort(self) -> None:
         """Take back what was added and drop what was to be removed."""
+        made = [each.record for each in self._operations if each.action is Action.CREATE]
+        if self._removals and self._intended:
+            self._intend([*(Operation(Action.UNMAKE, each) for each in made), *self._removed])
         self._table.take_back()
         removed = {operation.record.id for operation in self._removed}
         for device_id, take_back in reversed(self._additions):
@@ -230,8 +263,11 @@ class Transaction:
         return operation
 
     def _resize_now(self, record: DeviceRecord, size: int) -> None:
-        with self._engine.open_device(record.id, record.size) as device:
+        with self._open(record) as device:
             device.resize(size)
+
+    def _open(self, record: DeviceRecord) -> EngineDevice:
+        return self._engine.open_device(record.id, record.size, record.external_origin)
 
     def _delete_now(self, device_id: int) -> None:
         self._let_go(device_id)

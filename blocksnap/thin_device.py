@@ -28,7 +28,7 @@ class Owner(Protocol):
     def _snapshot(self, device: "ThinDevice", name: str, labels: Mapping[str, str]) -> "ThinDevice": ...
     def _resize(self, device: "ThinDevice", size: int) -> None: ...
     def _relabel(self, device: "ThinDevice", labels: Mapping[str, str]) -> None: ...
-    def _delete(self, device: "ThinDevice") -> None: ...
+    def _delete(self, device: "ThinDevice", *, deferred: bool) -> None: ...
 
 
 def require_name(name: str) -> None:
@@ -86,6 +86,11 @@ class ThinDevice:
         return self._pool._origin_of(self._current())
 
     @property
+    def external_origin(self) -> str | None:
+        """Path of what is read where the device has no block of its own; None without one."""
+        return self._record.external_origin
+
+    @property
     def created(self) -> int:
         """Time of creation in nanoseconds since 1970."""
         return self._record.created
@@ -131,9 +136,13 @@ class ThinDevice:
         """Replace the labels."""
         self._pool._relabel(self, labels)
 
-    def delete(self) -> None:
-        """Delete the device; BusyError while it is exported or mounted."""
-        self._pool._delete(self)
+    def delete(self, *, deferred: bool = False) -> None:
+        """Delete the device; BusyError, which tells by whom, while it is exported, mounted or open.
+
+        With deferred such a device leaves the pool's list at once, and its name is free; it is deleted by the
+        next operation of the pool that finds it unused, at the latest when the pool is opened next.
+        """
+        self._pool._delete(self, deferred=deferred)
 
     def hold(self) -> EngineDevice:
         """Return a handle of its own for an export; until it is closed the device cannot be deleted."""

@@ -16,7 +16,7 @@ from os import PathLike, fspath
 from typing import Any, Self
 
 from ._native import check, encode, ffi, lib
-from .errors import ArgumentError
+from .errors import ArgumentError, NotSupportedError
 from .metadata import DeviceInfo
 
 __all__ = [
@@ -147,10 +147,11 @@ def bytes_of(buffer: Buffer, offset: int, writable: bool) -> Any:
 class UserDevice:
     """An active thin device."""
 
-    __slots__ = ("__weakref__", "_handle")
+    __slots__ = ("__weakref__", "_handle", "id")
 
-    def __init__(self, pointer: Any, what: str) -> None:
+    def __init__(self, pointer: Any, device_id: int, what: str) -> None:
         self._handle = Handle(pointer, what)
+        self.id = device_id
 
     @property
     def size(self) -> int:
@@ -377,11 +378,30 @@ class UserPool:
         with self._handle as pool:
             check(lib.bs_pool_delete_device(pool, device_id))
 
-    def open_device(self, device_id: int, size: int) -> UserDevice:
+    def users_of(self, device_id: int) -> str:
+        """Return who uses a device, empty if nobody does."""
+        count = sum(each.id == device_id and not each.closed for each in list(self._devices))
+        return f"open {count} times" if count else ""
+
+    def remove_when_unused(self, device_id: int) -> None:
+        """A device that nobody uses takes nothing but its place in the pool."""
+
+    @staticmethod
+    def require_external_origin(path: str | PathLike[str]) -> None:
+        """Raise why a path cannot be an external origin."""
+        raise NotSupportedError(f'{fspath(path)}: only engine="kernel" has devices with an external origin')
+
+    def open_device(self, device_id: int, size: int, external_origin: str | None = None) -> UserDevice:
+        if external_origin is not None:
+            raise NotSupportedError(
+                f"thin device {device_id} has the external origin {external_origin}, which only the kernel"
+                ' engine reads: open the pool with engine="kernel"'
+            )
         result = ffi.new("struct bs_device **")
         with self._handle as pool:
             check(lib.bs_device_open(pool, device_id, size, result))
-            device = UserDevice(result[0], f"thin device {device_id} of {self._what.removeprefix('the ')}")
+            what = f"thin device {device_id} of {self._what.removeprefix('the ')}"
+            device = UserDevice(result[0], device_id, what)
             self._devices.add(device)
         return device
 

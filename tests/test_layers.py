@@ -34,6 +34,7 @@ PYTHON_LAYERS = [
     {"pool_files"},
     {"pool_creation", "pool_space", "pool_walk"},
     {"pool_image", "pool_recovery", "pool_report", "pool_transaction"},
+    {"pool_changes"},
     {"thin_device"},
     {"pool"},
     {"shown_devices"},

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -470,18 +471,17 @@ def test_a_catalog_that_cannot_be_written_aborts_the_operation(tmp_path: Path) -
 def test_a_deletion_that_fails_at_the_end_undoes_the_rest_and_keeps_what_is_gone(tmp_path: Path) -> None:
     with Pool.create(tmp_path / "pool", size="4M") as pool:
         first, second = pool.create_device("first", SIZE), pool.create_device("second", SIZE)
-        secret = pool._engine.open_device(second.id, SIZE)
 
         def replace_both() -> None:
-            with pool.transaction():
+            with ExitStack() as secret, pool.transaction():
                 pool.create_device("new", SIZE).write(0, b"x")
                 first.delete()
                 second.delete()
+                secret.enter_context(pool._engine.open_device(second.id, SIZE))
 
         with pytest.raises(errors.BusyError):
             replace_both()
         assert [device.name for device in pool.devices()] == ["second"]
-        secret.close()
         second.write(0, b"usable")
     with Pool.open(tmp_path / "pool") as pool:
         assert [device.name for device in pool.devices()] == ["second"]

@@ -130,7 +130,8 @@ def _status_table(found: PoolStatus) -> Table:
     table.add_row("block size", format_size(found.block_size))
     table.add_row("data", f"{format_size(used)} of {format_size(found.data_bytes)} used")
     table.add_row("metadata", f"{format_size(metadata_used)} of {format_size(found.metadata_bytes)} used")
-    table.add_row("thin devices", str(found.devices))
+    later = f", {found.condemned_devices} of them to be deleted" if found.condemned_devices else ""
+    table.add_row("thin devices", f"{found.devices}{later}")
     table.add_row("transaction id", str(found.transaction_id))
     table.add_row("state", _state(found))
     return table

@@ -15,7 +15,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from tests.kernel.pool_places import Places
 __all__ = ["OPERATIONS"]
 
 SIZE = 1 << 20
+CONTENT = os.urandom(SIZE)
 BEGINNING = {"base": SIZE, "snap": SIZE}
 
 _DM_CALLS = (
@@ -64,10 +65,19 @@ def change_much(pool: Pool) -> None:
 def fail_half_way(pool: Pool) -> None:
     """Delete two devices, of which the second is found in use when the first is gone."""
     base = pool.device("base")
-    with pool._engine.open_device(base.id, base.size), suppress(BusyError), pool.transaction():
+    size = base.size
+    with suppress(BusyError), ExitStack() as secret, pool.transaction():
         pool.create_device("new", SIZE)
         pool.device("snap").delete()
         base.delete()
+        secret.enter_context(pool._engine.open_device(base.id, size))
+
+
+def shrink_among_others(pool: Pool) -> None:
+    with pool.transaction():
+        pool.create_device("new", SIZE)
+        pool.device("base").resize(SIZE // 2 + 512)
+        pool.device("snap").delete()
 
 
 OPERATIONS = {
@@ -76,6 +86,7 @@ OPERATIONS = {
     "delete": Operation(lambda pool: pool.device("base").delete(), {"snap": SIZE}),
     "grow": Operation(lambda pool: pool.device("snap").resize(2 * SIZE), BEGINNING | {"snap": 2 * SIZE}),
     "shrink": Operation(lambda pool: pool.device("base").resize(SIZE // 2), BEGINNING | {"base": SIZE // 2}),
+    "shrink among others": Operation(shrink_among_others, {"base": SIZE // 2 + 512, "new": SIZE}),
     "transaction": Operation(change_much, {"base": SIZE, "new": SIZE, "second": SIZE}, on_files=True),
     "failing transaction": Operation(fail_half_way, {"base": SIZE}, ({"new": SIZE},)),
     "close": Operation(Pool.close, BEGINNING, on_files=True),
@@ -119,7 +130,7 @@ class Matrix:
         self._places = places
         self._points = points
         with Pool.create(**places.options, size="4M") as pool:
-            pool.create_device("base", SIZE).write(0, b"base")
+            pool.create_device("base", SIZE).write(0, CONTENT)
             pool.device("base").snapshot("snap")
         if operation.interrupted:
             self._interrupt()
@@ -195,7 +206,8 @@ class Matrix:
             assert pool.status().devices == len(found)
             assert {info.id for info in pool._engine.devices()} == {device.id for device in pool.devices()}
             for name in found.keys() - {"new"}:
-                assert pool.device(name).read(0, 4) == b"base", name
+                size = min(found[name], SIZE)
+                assert pool.device(name).read(0, size) == CONTENT[:size], name
         report = metadata.check(self._places.metadata)
         assert report.findings == (), report.findings
         assert report.devices == len(found)

@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from blocksnap.errors import (
 )
 from blocksnap.pool import Pool
 from tests.kernel.devices import leftovers
+from tests.kernel.kills import killed
 
 SIZE = 1 << 20
 BLOCK = 64 << 10
@@ -43,21 +43,6 @@ def make(path: Path) -> None:
 def live() -> list[str]:
     with Control.open() as control:
         return [device.uuid for device in leftovers(control)]
-
-
-def killed(work: Callable[[], None]) -> bool:
-    """Do the work in a child process; return whether it was killed in it."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return os.WIFSIGNALED(status)
 
 
 # ---- two engines, one pool

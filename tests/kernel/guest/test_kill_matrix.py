@@ -23,6 +23,7 @@ CALLS = {
     "delete": CATALOG | {"remove", "message"},
     "grow": CATALOG | {"create", "load", "suspend", "status", "info", "remove", "message", "ioctl 0x1268"},
     "shrink": CATALOG | {"load", "suspend", "message", "ioctl 0x1277"},
+    "shrink among others": CATALOG | {"load", "suspend", "message", "ioctl 0x1277"},
     "transaction": CATALOG | {"suspend", "message"},
     "failing transaction": CATALOG | {"message"},
     "close": {"status", "remove", "ioctl 0x4c01"},

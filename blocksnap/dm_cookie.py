@@ -5,18 +5,20 @@ once it was removed.
 """
 
 import errno
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from ._native import check, ffi, lib
 
-__all__ = ["Cookie", "left_cookies", "remove_left_cookies", "udev_cookie", "udev_runs"]
+__all__ = ["Cookie", "left_cookies", "own_left_cookies", "remove_left_cookies", "udev_cookie", "udev_runs"]
 
 _CONTROL = Path("/run/udev/control")
 _RULES = ("/etc/udev/rules.d", "/run/udev/rules.d", "/usr/local/lib/udev/rules.d", "/usr/lib/udev/rules.d")
 _NOTIFY = "95-dm-notify.rules"
 _KEY_BASE = 0x0D4D
+_OUR_COUNT = 2  # libdevmapper has one
 _TIMEOUT_SECONDS = 30.0
 
 
@@ -32,9 +34,21 @@ def left_cookies() -> list[int]:
 
     `ipcrm -S KEY` removes one. One whose maker is at work just now is in the list too.
     """
-    lines = Path("/proc/sysvipc/sem").read_text().splitlines()[1:]
-    keys = [int(line.split()[0]) & 0xFFFFFFFF for line in lines]
-    return [key for key in keys if key >> 16 == _KEY_BASE]
+    return [key for key, _, _ in _semaphores()]
+
+
+def own_left_cookies(older_than: float) -> list[int]:
+    """Return the keys of our semaphores that have not changed for some seconds."""
+    changed = time.time() - older_than
+    return [key for key, count, at in _semaphores() if count == _OUR_COUNT and at <= changed]
+
+
+def _semaphores() -> Iterator[tuple[int, int, int]]:
+    """Yield key, number of semaphores and time of the last change of each set that is for udev."""
+    for line in Path("/proc/sysvipc/sem").read_text().splitlines()[1:]:
+        key, _, _, count, *_, otime, ctime = map(int, line.split())
+        if (key & 0xFFFFFFFF) >> 16 == _KEY_BASE:
+            yield key & 0xFFFFFFFF, count, max(otime, ctime)
 
 
 def remove_left_cookies() -> None:

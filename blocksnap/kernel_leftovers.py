@@ -8,14 +8,17 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 
 from .device_mapper import UUID_PREFIX, Control, Device, ThinPoolTarget
 from .dm_cookie import remove_left_cookies
 from .errors import BlocksnapError, BusyError, NotSupportedError, PrivilegeError
 from .kernel_backing import identity_of, locked
 from .kernel_device import users_of
+from .mount import loop_devices
+from .udev import make_node
 
-__all__ = ["LeftPool", "clear_devices", "remove_leftovers"]
+__all__ = ["LeftPool", "clear_devices", "left_pools", "remove_leftovers"]
 
 _SCAN_SECONDS = 1.0
 """How long something that looks at every new device may have one open."""
@@ -71,6 +74,38 @@ def clear_devices(control: Control, identity: str) -> LeftPool | None:
     for device in pools:
         device.remove()
     return None
+
+
+def left_pools() -> list[str]:
+    """Return the metadata (a file or device) of each pool that is live in the kernel for no process."""
+    try:
+        control = Control.open()
+    except (NotSupportedError, PrivilegeError):
+        return []
+    with control:
+        pools = [entry.uuid for entry in control.devices() if entry.ours and entry.uuid.endswith("-pool")]
+        paths = {uuid: _metadata_of(Device.open(control, uuid=uuid)) for uuid in pools}
+    return [path for uuid, path in paths.items() if path and _is_left(path, uuid)]
+
+
+def _metadata_of(device: Device) -> str:
+    """Return where the metadata of a live pool lie, empty if that is nowhere in sight."""
+    (target,) = device.table()
+    if not isinstance(target, ThinPoolTarget):
+        return ""
+    node = make_node(target.metadata)
+    files = [loop.backing_path for loop in loop_devices() if loop.path == node]
+    return files[0] if files else node
+
+
+def _is_left(path: str, uuid: str) -> bool:
+    if not Path(path).exists() or uuid != f"{UUID_PREFIX}{identity_of(path)}-pool":
+        return False
+    try:
+        with locked(path):
+            return True
+    except BlocksnapError:
+        return False
 
 
 def _id_of(device: Device) -> int:

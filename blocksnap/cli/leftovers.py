@@ -13,11 +13,14 @@ from pathlib import Path
 
 from .. import dead_mounts, drivers, mount
 from ..amplification.testbed import DEFAULT_WORK_DIR, PREFIX, clear_below, owner_is_alive
+from ..dm_cookie import own_left_cookies, remove_left_cookies
 from ..drivers.root import DriverRoot
+from ..kernel_leftovers import left_pools, remove_leftovers
 
 __all__ = ["FINDERS", "Leftover", "find_leftovers"]
 
 _LAYER_PLACES = (("overlay", "merged"), ("unionfs", "merged"), ("aufs", "merged"), ("qcow2", "mounted"))
+_COOKIE_SECONDS = 60.0
 _DEVICE_DRIVERS: tuple[str, ...] = ("thin", "devicemapper", "dm-snapshot")
 
 
@@ -101,8 +104,24 @@ def _remove_directory(directory: Path) -> None:
     shutil.rmtree(directory)
 
 
+def dead_pools() -> Iterator[Leftover]:
+    """Yield the pools that the kernel runs for a process that died, with their devices, suspended or not."""
+    for metadata in left_pools():
+        what = f"pool of {metadata}, live in the kernel for a process that died"
+        yield Leftover(what, partial(remove_leftovers, metadata))
+
+
+def dead_cookies() -> Iterator[Leftover]:
+    """Yield the semaphores by which udev was to tell processes that died that it is done."""
+    if keys := own_left_cookies(_COOKIE_SECONDS):
+        what = f"semaphores for udev that nobody waits for ({', '.join(f'{key:#x}' for key in keys)})"
+        yield Leftover(what, remove_left_cookies)
+
+
 FINDERS: tuple[Callable[[], Iterator[Leftover]], ...] = (
     dead_exports,
     abandoned_layers,
     dead_work_directories,
+    dead_pools,
+    dead_cookies,
 )

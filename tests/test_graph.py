@@ -17,12 +17,11 @@ from blocksnap.archive import Change
 from blocksnap.drivers import Driver
 from blocksnap.graph import ImageGraph
 from blocksnap.graph_names import find_image
+from tests.driver_params import driver_params, host_drivers
 from tests.trees import compare_trees
 
-DRIVERS = [name for name, _ in drivers.available()]
 
-
-@pytest.fixture(params=DRIVERS)
+@pytest.fixture(params=driver_params(without=["dm-snapshot"]))
 def driver(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Driver]:
     """Any driver; most questions about the graph itself are put to vfs alone."""
     if reason := dict(drivers.available(tmp_path))[request.param]:
@@ -32,6 +31,8 @@ def driver(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Driver]:
         opened.cleanup()
 
 
+# What takes many processes is not asked of the kernel's drivers again: a guest starts them slowly.
+on_the_host = pytest.mark.parametrize("driver", host_drivers(), indirect=True)
 only_vfs = pytest.mark.parametrize("driver", ["vfs"], indirect=True)
 
 
@@ -399,6 +400,7 @@ graph.close(); driver.close()
             return process.wait()
 
 
+@on_the_host
 @pytest.mark.parametrize("layer", [0, 1])
 def test_import_that_is_killed_leaves_nothing(driver: Driver, tmp_path: Path, layer: int) -> None:
     image = make_image(
@@ -420,6 +422,7 @@ graph.import_image({str(image)!r}, progress=progress)"""
         again.cleanup()
 
 
+@on_the_host
 @pytest.mark.parametrize("seconds", [0.05, 0.11, 0.17, 0.4])
 def test_killed_work_on_containers_leaks_nothing(driver: Driver, tmp_path: Path, seconds: float) -> None:
     with ImageGraph(driver) as graph:

@@ -33,11 +33,14 @@ Mappings = dict[int, NDArray[np.void]]
 
 
 @contextmanager
-def memory_file(content: NDArray[np.uint8]) -> Iterator[Path]:
-    """Give the path of a file in memory: thousands of images need no disk."""
+def memory_file(content: NDArray[np.uint8], *, empty: bool = False) -> Iterator[Path]:
+    """Give the path of a file in memory, or of an empty one of that size: thousands need no disk."""
     descriptor = os.memfd_create("metadata")
     try:
-        os.write(descriptor, content.tobytes())
+        if empty:
+            os.ftruncate(descriptor, content.nbytes)
+        else:
+            os.write(descriptor, content.tobytes())
         yield Path(f"/proc/self/fd/{descriptor}")
     finally:
         os.close(descriptor)
@@ -139,6 +142,8 @@ def judge_saved(
         if device_id not in after:
             continue
         left = after[device_id]
+        if np.array_equal(mappings[["thin_block", "data_block"]], left[["thin_block", "data_block"]]):
+            continue
         missing = ~np.isin(mappings["thin_block"], left["thin_block"])
         kept = mappings[~missing]
         assert np.array_equal(kept["data_block"], left["data_block"])
@@ -166,8 +171,7 @@ def test_damage_gets_its_verdict_from_check_and_repair(kind: Damage) -> None:
     for seed in SEEDS:
         found = place(kind, seed)
         before = found.image.blocks.tobytes()
-        empty = np.zeros_like(found.image.blocks)
-        with memory_file(found.image.blocks) as path, memory_file(empty) as output:
+        with memory_file(found.image.blocks) as path, memory_file(found.image.blocks, empty=True) as output:
             judge_check(kind, path)
             if kind.verdict is Verdict.REFUSE:
                 judge_refused(found, path, output)
@@ -182,8 +186,7 @@ def test_thin_check_accepts_what_repair_makes(kind: Damage) -> None:
         pytest.skip("needs thin_check of thin-provisioning-tools")
     for seed in range(2):
         found = place(kind, seed)
-        empty = np.zeros_like(found.image.blocks)
-        with memory_file(found.image.blocks) as path, memory_file(empty) as output:
+        with memory_file(found.image.blocks) as path, memory_file(found.image.blocks, empty=True) as output:
             repair(found, path, output)
             assert accepted_by_thin_check(output)
 

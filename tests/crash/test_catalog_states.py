@@ -1,9 +1,14 @@
 """Power cuts during operations on a pool: pool and catalog always agree, what was acknowledged is there.
 
-python -m tests.crash.test_catalog_states [STATES [SEED]]
+    python -m tests.crash.test_catalog_states [STATES [SEED]]
+    python -m tests.crash.test_catalog_states replay RECORDING POSITION CUT SEED
+
+Two threads write: a workload does not run twice alike. So the recording of one with a wrong state is kept,
+and the second command looks at that state again.
 """
 
 import json
+import pickle
 import random
 import shutil
 import sys
@@ -18,6 +23,7 @@ import numpy as np
 import pytest
 
 from blocksnap import metadata
+from blocksnap.errors import BlocksnapError
 from blocksnap.pool import Pool
 from tests.crash.catalog_workload import BLOCK, BLOCKS, BUSY
 from tests.crash.recording import Cut, Kind, Recording, build_recorder, record
@@ -124,12 +130,35 @@ def explore(states: int, seed: int) -> int:
         for number in range(states):
             position = rng.randint(1, positions)
             cut, state_seed = Cut(number % 3), rng.randrange(1 << 32)
-            with tempfile.TemporaryDirectory(dir=directory) as state:
-                files = recording.state(position, cut, state_seed)
-                wrong = judge(Path(state), files, expectation(recording, position))
+            wrong = judge_state(directory, recording, position, cut, state_seed)
             if wrong:
-                raise AssertionError(f"seed {seed}, position {position}, {cut.name}, {state_seed}: {wrong}")
+                kept = keep(recording)
+                raise AssertionError(f"{wrong}: replay {kept} {position} {cut.name} {state_seed}")
     return positions
+
+
+def judge_state(directory: Path, recording: Recording, position: int, cut: Cut, state_seed: int) -> str:
+    """Return what is wrong with a state, be it that the pool cannot be opened."""
+    with tempfile.TemporaryDirectory(dir=directory) as state:
+        try:
+            files = recording.state(position, cut, state_seed)
+            return judge(Path(state), files, expectation(recording, position))
+        except BlocksnapError as error:
+            return str(error)
+
+
+def keep(recording: Recording) -> str:
+    with tempfile.NamedTemporaryFile(prefix="blocksnap-recording-", delete=False) as file:
+        pickle.dump(recording, file)
+    return file.name
+
+
+def replay(kept: str, position: str, cut: str, state_seed: str) -> None:
+    recording = pickle.loads(Path(kept).read_bytes())
+    with memory_directory() as directory:
+        print(
+            judge_state(directory, recording, int(position), Cut[cut], int(state_seed)) or "nothing is wrong"
+        )
 
 
 @needs_compiler
@@ -148,4 +177,7 @@ def main(states: int = 1000, seed: int = 1) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    if sys.argv[1:2] == ["replay"]:
+        replay(*sys.argv[2:])
+    else:
+        main(*map(int, sys.argv[1:]))

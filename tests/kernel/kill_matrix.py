@@ -87,7 +87,7 @@ OPERATIONS = {
     "grow": Operation(lambda pool: pool.device("snap").resize(2 * SIZE), BEGINNING | {"snap": 2 * SIZE}),
     "shrink": Operation(lambda pool: pool.device("base").resize(SIZE // 2), BEGINNING | {"base": SIZE // 2}),
     "shrink among others": Operation(shrink_among_others, {"base": SIZE // 2 + 512, "new": SIZE}),
-    "transaction": Operation(change_much, {"base": SIZE, "new": SIZE, "second": SIZE}, on_files=True),
+    "transaction": Operation(change_much, {"base": SIZE, "new": SIZE, "second": SIZE}),
     "failing transaction": Operation(fail_half_way, {"base": SIZE}, ({"new": SIZE},)),
     "close": Operation(Pool.close, BEGINNING, on_files=True),
     "recovery": Operation(lambda pool: pool, BEGINNING, on_files=True, interrupted=True),

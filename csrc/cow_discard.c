@@ -123,7 +123,7 @@ static void discard_node(struct bs_cow_model *m, int depth, uint64_t node, const
 	n = cow_node_find(m, depth, node, range->device);
 	for (int j = 0; j < 6; j++)
 		changed.w[j > 0] |= discard_level(m, depth, j, n, &ends);
-	cow_metadata_change(m, depth, node, range->device, changed, 63);
+	cow_metadata_mark_levels(m, depth, node, range->device, changed);
 }
 
 void cow_discard(struct bs_cow_model *m, const struct cow_range *range)

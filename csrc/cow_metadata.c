@@ -17,22 +17,16 @@
 #include "disk_format.h"
 
 #define FIXED_BLOCKS 6
-#define LEAF (252 / 3 * 2) /* of btree_max_entries(8) */
-#define MARKS 384
 #define MANY_LEAVES 512
 
-/* Which of 384 leaves of a level the running transaction, the stamp, changes. */
+/* The leaves of 64 * COW_LEAF blocks of level 6d, and those of the levels above, laid out like a node's sets: since
+ * leaf n of a level lies in leaf n / 2 of the next one. The stamp is the transaction that changes them. */
 struct marks {
 	struct cow_key key;
-	uint64_t bits[MARKS / 64];
+	struct cow_set leaves;
 };
 
-static uint64_t marks_index(int level, uint64_t leaf)
-{
-	return leaf / MARKS | (uint64_t)level << 48;
-}
-
-/* The transaction comes to these marks first: they are counted when it commits. */
+/* The running transaction comes to these marks first: they are counted when it commits. NULL when out of memory. */
 static struct marks *begin_marks(struct bs_cow_model *m, struct marks *marks, uint64_t index, uint32_t device)
 {
 	if (m->nr_changed == m->changed_capacity) {
@@ -53,55 +47,81 @@ static struct marks *begin_marks(struct bs_cow_model *m, struct marks *marks, ui
 	return marks;
 }
 
-static void mark(struct bs_cow_model *m, int level, uint32_t device, uint64_t leaf)
+/* The marks for a leaf of level 6 * depth. */
+static struct marks *get_marks(struct bs_cow_model *m, int depth, uint32_t device, uint64_t leaf)
 {
-	uint64_t index = marks_index(level, leaf), at = leaf % MARKS;
+	uint64_t index = cow_index(depth, leaf >> 6);
 	struct marks *marks = cow_table_find(&m->marks, sizeof(struct marks), index, device);
 
-	if (!marks || marks->key.stamp != m->transaction) {
-		marks = begin_marks(m, marks, index, device);
-		if (!marks) {
-			m->out_of_memory = true;
-			return;
-		}
-	}
-	marks->bits[at / 64] |= 1ull << (at % 64);
+	if (marks && marks->key.stamp == m->transaction)
+		return marks;
+	marks = begin_marks(m, marks, index, device);
+	m->out_of_memory |= !marks;
+	return marks;
 }
 
-void cow_metadata_mark(struct bs_cow_model *m, int depth, uint64_t node, uint32_t device,
-	struct cow_set changed, unsigned int levels)
+void cow_metadata_mark(struct bs_cow_model *m, int depth, uint32_t device, uint64_t leaf, int levels)
 {
-	struct cow_marked *marked = &m->marked[depth];
+	struct marks *marks = get_marks(m, depth, device, leaf);
+	unsigned int place = leaf & 63;
 
-	if (marked->node != node || marked->device != device)
-		*marked = (struct cow_marked){node, device, 0};
-	for (; levels; levels &= levels - 1) {
-		int j = __builtin_ctz(levels), level = 6 * depth + j;
-		uint64_t block = node << (6 - j), leaf = block / LEAF, last = (block + (63 >> j)) / LEAF;
-		uint64_t bits = cow_level_bits(changed, j);
+	if (!marks)
+		return;
+	marks->leaves.w[0] |= 1ull << place;
+	for (int j = 1; j < levels; j++)
+		marks->leaves.w[1] |= 1ull << ((64 + place) >> j);
+	m->marked[depth] = (struct cow_marked){leaf, device, levels};
+}
 
-		if (bits && leaf == last) {
-			mark(m, level, device, leaf);
-			marked->levels |= 1u << j;
-		} else if (bits) {
-			mark(m, level, device, (block + __builtin_ctzll(bits)) / LEAF);
-			mark(m, level, device, (block + 63 - __builtin_clzll(bits)) / LEAF);
+/* Of level 6 * depth + j. */
+static void mark_leaf(struct marks *marks, int j, uint64_t leaf)
+{
+	marks->leaves.w[j > 0] |= 1ull << (j ? 64 >> j | (leaf & (63 >> j)) : leaf & 63);
+}
+
+static void mark_level(struct bs_cow_model *m, int level, uint32_t device, uint64_t leaf)
+{
+	int depth = level / 6, j = level % 6;
+	struct marks *marks = get_marks(m, depth, device, leaf << j);
+
+	if (marks)
+		mark_leaf(marks, j, leaf);
+}
+
+void cow_metadata_mark_levels(
+	struct bs_cow_model *m, int depth, uint64_t node, uint32_t device, struct cow_set changed)
+{
+	struct marks *marks = NULL;
+
+	for (int j = 0; j < 6; j++) {
+		uint64_t bits = cow_level_bits(changed, j), block = node << (6 - j);
+
+		if (!bits)
+			continue;
+		uint64_t first = (block + __builtin_ctzll(bits)) / COW_LEAF;
+		uint64_t last = (block + 63 - __builtin_clzll(bits)) / COW_LEAF;
+		for (uint64_t leaf = first; leaf <= last; leaf++) {
+			/* Mostly the same marks as for the level before. */
+			if (!marks || marks->key.index != cow_index(depth, leaf << j >> 6))
+				marks = get_marks(m, depth, device, leaf << j);
+			if (marks)
+				mark_leaf(marks, j, leaf);
 		}
 	}
 }
 
 void cow_metadata_unmap(struct bs_cow_model *m, int level, uint32_t device, uint64_t first, uint64_t last)
 {
-	first /= LEAF;
-	last /= LEAF;
+	first /= COW_LEAF;
+	last /= COW_LEAF;
 	/* The inside of a large range is no other change's business. */
 	if (last - first > MANY_LEAVES) {
 		m->levels[level].unmapped_leaves += last - first - 1;
-		mark(m, level, device, first);
+		mark_level(m, level, device, first);
 		first = last;
 	}
 	for (; first <= last; first++)
-		mark(m, level, device, first);
+		mark_level(m, level, device, first);
 }
 
 void cow_metadata_grow(struct bs_cow_model *m, uint64_t bytes)
@@ -110,10 +130,10 @@ void cow_metadata_grow(struct bs_cow_model *m, uint64_t bytes)
 	for (int i = 0; i < m->nr_sizes; i++) {
 		struct cow_level *l = &m->levels[m->sizes[i]];
 		int shift = cow_shift(m, m->sizes[i]);
-		uint64_t blocks = (bytes >> shift) + 1, capacity = LEAF;
+		uint64_t blocks = (bytes >> shift) + 1, capacity = COW_LEAF;
 
 		for (l->height = 1; blocks > capacity; l->height++)
-			capacity *= LEAF;
+			capacity *= COW_LEAF;
 		if (capacity <= UINT64_MAX >> shift)
 			m->grows_at = cow_minimum(m->grows_at, capacity << shift);
 	}
@@ -136,61 +156,45 @@ static bool count_once(struct bs_cow_model *m, int level, int height, uint32_t d
 	return true;
 }
 
-static bool any_mark(const struct marks *marks, uint64_t begin, uint64_t end)
+static uint64_t count_bitmaps(
+	struct bs_cow_model *m, int level, uint32_t device, uint64_t first, uint64_t last)
 {
-	for (uint64_t at = begin; at < end; at = (at | 63) + 1) {
-		uint64_t bits = marks->bits[at / 64] >> (at % 64);
+	uint64_t bitmap = first * COW_LEAF / ENTRIES_PER_BITMAP, end = last * COW_LEAF / ENTRIES_PER_BITMAP;
 
-		if (end - at < 64)
-			bits &= (1ull << (end - at)) - 1;
-		if (bits)
-			return true;
-	}
-	return false;
+	return count_once(m, level, 0, device, bitmap) +
+	       (end != bitmap && count_once(m, level, 0, device, end));
 }
 
-/* The bitmaps that stand for the data blocks of changed leaves. */
-static uint64_t count_bitmaps(struct bs_cow_model *m, const struct marks *marks, int level, uint64_t first)
+/* The nodes above two leaves, which are one or neighbours at each height. */
+static uint64_t count_inner(struct bs_cow_model *m, int level, uint32_t device, uint64_t first, uint64_t last)
 {
 	uint64_t blocks = 0;
 
-	for (uint64_t leaf = first, end; leaf < first + MARKS; leaf = end) {
-		uint64_t bitmap = leaf * LEAF / ENTRIES_PER_BITMAP;
+	for (int height = 1; height < m->levels[level].height; height++) {
+		first /= COW_LEAF;
+		last /= COW_LEAF;
+		int new = count_once(m, level, height, device, first) +
+			  (last != first && count_once(m, level, height, device, last));
 
-		end = cow_minimum(((bitmap + 1) * ENTRIES_PER_BITMAP + LEAF - 1) / LEAF, first + MARKS);
-		if (any_mark(marks, leaf - first, end - first))
-			blocks += count_once(m, level, 0, marks->key.device, bitmap);
+		if (!new)
+			break;
+		blocks += new;
 	}
 	return blocks;
 }
 
-/* The nodes of the mapping tree above changed leaves. */
-static uint64_t count_inner(struct bs_cow_model *m, const struct marks *marks, int level, uint64_t first)
+/* The marks of one level stand for at most 64 leaves, which lie below two nodes at most, and in two bitmaps. */
+static uint64_t count_marks(struct bs_cow_model *m, int level, const struct marks *marks)
 {
-	uint64_t blocks = 0;
+	int j = level % 6;
+	uint64_t bits = cow_level_bits(marks->leaves, j);
+	uint64_t leaf = (marks->key.index & ((1ull << 60) - 1)) << (6 - j);
 
-	for (uint64_t leaf = first, end; leaf < first + MARKS; leaf = end) {
-		uint64_t place = leaf / LEAF;
-
-		end = cow_minimum((place + 1) * LEAF, first + MARKS);
-		if (!any_mark(marks, leaf - first, end - first))
-			continue;
-		for (int height = 1; height < m->levels[level].height; height++, place /= LEAF) {
-			if (!count_once(m, level, height, marks->key.device, place))
-				break;
-			blocks++;
-		}
-	}
-	return blocks;
-}
-
-static uint64_t count_leaves(const struct marks *marks)
-{
-	uint64_t leaves = 0;
-
-	for (int i = 0; i < MARKS / 64; i++)
-		leaves += __builtin_popcountll(marks->bits[i]);
-	return leaves;
+	if (!bits)
+		return 0;
+	uint64_t first = leaf + __builtin_ctzll(bits), last = leaf + 63 - __builtin_clzll(bits);
+	return __builtin_popcountll(bits) + count_bitmaps(m, level, marks->key.device, first, last) +
+	       count_inner(m, level, marks->key.device, first, last);
 }
 
 /* What does not hang on single marks. */
@@ -199,7 +203,7 @@ static uint64_t count_rest(const struct bs_cow_model *m, int level)
 	const struct cow_level *l = &m->levels[level];
 	uint64_t new = l->sums.allocated - l->allocated, leaves = l->unmapped_leaves;
 
-	return FIXED_BLOCKS + leaves + leaves / LEAF + leaves * LEAF / ENTRIES_PER_BITMAP +
+	return FIXED_BLOCKS + leaves + leaves / COW_LEAF + leaves * COW_LEAF / ENTRIES_PER_BITMAP +
 	       (new + ENTRIES_PER_BITMAP - 1) / ENTRIES_PER_BITMAP;
 }
 
@@ -221,11 +225,11 @@ void cow_metadata_pending(struct bs_cow_model *m, uint64_t ret_blocks[COW_LEVELS
 		const struct cow_key *key = &m->changed[i];
 		const struct marks *marks =
 			cow_table_find(&m->marks, sizeof(struct marks), key->index, key->device);
-		int level = key->index >> 48;
-		uint64_t first = (key->index & ((1ull << 48) - 1)) * MARKS;
+		int depth = key->index >> 60;
 
-		ret_blocks[level] += count_leaves(marks) + count_bitmaps(m, marks, level, first) +
-				     count_inner(m, marks, level, first);
+		for (int j = 0; j < 6; j++)
+			if (m->wanted[depth] >> j & 1)
+				ret_blocks[6 * depth + j] += count_marks(m, 6 * depth + j, marks);
 	}
 	for (int i = 0; i < m->nr_sizes; i++)
 		if (ret_blocks[m->sizes[i]])

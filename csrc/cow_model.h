@@ -26,6 +26,7 @@
 #define COW_LEVELS (6 * COW_DEPTHS)
 #define COW_MAX_END (1ull << 63)
 #define COW_MAX_WRITE (1ull << 32)
+#define COW_LEAF (252 / 3 * 2ull) /* mappings in a leaf: cow_metadata.c */
 
 struct cow_set {
 	uint64_t w[2];
@@ -65,11 +66,11 @@ struct cow_level {
 	int height;               /* of the mapping tree */
 };
 
-/* The node whose metadata changed last in this transaction, and at which levels all leaves below it are marked. */
+/* The leaf of the level at the bottom of a depth that changed last in this transaction, alone or with levels above. */
 struct cow_marked {
-	uint64_t node;
+	uint64_t leaf;
 	uint32_t device;
-	uint32_t levels;
+	int levels;
 };
 
 struct bs_cow_model {
@@ -217,23 +218,14 @@ void cow_write(struct bs_cow_model *m, const struct cow_range *range, struct cow
 /* cow_discard.c */
 void cow_discard(struct bs_cow_model *m, const struct cow_range *range);
 
-/* cow_metadata.c: the mappings of blocks of a node change, at some of the levels (bit j). */
-void cow_metadata_mark(struct bs_cow_model *m, int depth, uint64_t node, uint32_t device,
-	struct cow_set changed, unsigned int levels);
+/* cow_metadata.c. The mappings of blocks in a leaf of level 6 * depth change, and at the levels above it, `levels` in
+ * all. */
+void cow_metadata_mark(struct bs_cow_model *m, int depth, uint32_t device, uint64_t leaf, int levels);
+/* The same for a set of blocks of a node. */
+void cow_metadata_mark_levels(
+	struct bs_cow_model *m, int depth, uint64_t node, uint32_t device, struct cow_set changed);
 /* Blocks that no request has touched lose their mappings: `first` to `last` of a level. */
 void cow_metadata_unmap(struct bs_cow_model *m, int level, uint32_t device, uint64_t first, uint64_t last);
-
-static inline void cow_metadata_change(struct bs_cow_model *m, int depth, uint64_t node, uint32_t device,
-	struct cow_set changed, unsigned int levels)
-{
-	const struct cow_marked *marked = &m->marked[depth];
-
-	levels &= m->wanted[depth];
-	if (marked->node == node && marked->device == device)
-		levels &= ~marked->levels;
-	if (levels)
-		cow_metadata_mark(m, depth, node, device, changed, levels);
-}
 
 /* The device has grown to so many bytes. */
 void cow_metadata_grow(struct bs_cow_model *m, uint64_t bytes);

@@ -83,6 +83,18 @@ INLINE int write_levels(struct bs_cow_model *m, int depth, struct cow_node *n, c
 	return 6;
 }
 
+INLINE void change_metadata(struct bs_cow_model *m, int depth, uint64_t node, uint32_t device,
+	const struct cow_ends *ends, struct cow_set new, int levels)
+{
+	const struct cow_marked *marked = &m->marked[depth];
+	uint64_t leaf = (node << 6 | ends->first) / COW_LEAF;
+
+	if (leaf != (node << 6 | ends->last) / COW_LEAF)
+		cow_metadata_mark_levels(m, depth, node, device, new);
+	else if (marked->leaf != leaf || marked->device != device || marked->levels < levels)
+		cow_metadata_mark(m, depth, device, leaf, levels);
+}
+
 /* Returns whether a block of the last level is new. n: the node, NULL if it is not known. */
 INLINE bool write_node(
 	struct bs_cow_model *m, int depth, uint64_t node, const struct cow_range *range, struct cow_node *n)
@@ -102,16 +114,19 @@ INLINE bool write_node(
 		return false;
 	if (depth)
 		((struct cow_inner *)n)->children |= new.w[0];
-	cow_metadata_change(m, depth, node, range->device, new, (1u << levels) - 1);
+	change_metadata(m, depth, node, range->device, &ends, new, levels);
 	return levels == 6;
 }
 
 INLINE void write_range(struct bs_cow_model *m, const struct cow_range *range, struct cow_node *first)
 {
-	int shift = m->base_shift + 6;
+	int shift = m->base_shift;
 
+	/* Most likely wanted, and on its way into the cache while depth 0 is worked on. */
+	__builtin_prefetch(cow_table_slot(&m->inners, sizeof(struct cow_inner),
+		cow_index(1, range->begin >> shift >> 12), range->device));
 	for (int depth = 0; depth <= m->top; depth++, shift += 6) {
-		uint64_t node = range->begin >> shift, last = (range->end - 1) >> shift;
+		uint64_t node = range->begin >> shift >> 6, last = (range->end - 1) >> shift >> 6;
 		bool climb = write_node(m, depth, node, range, first);
 
 		while (++node <= last)

@@ -1,13 +1,14 @@
 /*
- * What a discard changes, from the top down: unlike a write it reaches every level, but it visits only nodes that
- * exist, and those at its two ends. Blocks that it covers whole become holes; what it covers in part is zeroed as
- * the user engine does it, which breaks sharing, or left alone as the kernel does.
+ * What a discard changes, from the top down: unlike a write it reaches every level, but it visits only
+ * nodes that exist, and those at its two ends. Blocks that it covers whole become holes; what it covers in
+ * part is zeroed as the user engine does it, which breaks sharing, or left alone as the kernel does.
  */
 #include "cow_model.h"
 
 #define ZERO_PIECE 65536 /* what the user engine zeroes at once: thin_io.c */
 
-/* All that lies below a block of level 6 * depth, which no request has touched: it is shared with the parent. */
+/* All that lies below a block of level 6 * depth, which no request has touched: it is shared with the
+ * parent. */
 static void unmap_untouched(struct bs_cow_model *m, int depth, uint64_t block, uint32_t device)
 {
 	for (int i = 0; i < m->nr_sizes && m->sizes[i] < 6 * depth; i++) {
@@ -75,7 +76,8 @@ static uint64_t discard_level(
 
 static void discard_node(struct bs_cow_model *m, int depth, uint64_t node, const struct cow_range *range);
 
-/* Block `place` of a node, of which the range covers something. Returns whether there is a node below it now. */
+/* Block `place` of a node, of which the range covers something. Returns whether there is a node below it
+ * now. */
 static bool discard_below(struct bs_cow_model *m, int depth, const struct cow_inner *n, unsigned int place,
 	bool whole, const struct cow_range *range)
 {

@@ -1,13 +1,14 @@
 /*
- * Metadata blocks that commits write, by position: which nodes a transaction changes first. A node is written once a
- * transaction however often it changes.
+ * Metadata blocks that commits write, by position: a node is written once a transaction however often it
+ * changes.
  *
- * The approximation: a mapping tree whose keys are dense and whose nodes are all filled by two thirds, as ascending
- * insertion leaves them, so that leaf n holds blocks 168 n to 168 n + 167; data blocks that lie in the order of
- * their thin blocks, so that the counts of a leaf's blocks stand in one bitmap, and new data blocks handed out in
- * sequence. A commit adds the superblock, one node of the tree of devices and one of their details, one of the index
- * of the data bitmaps, the metadata index and a bitmap of metadata blocks. Left out: splits of nodes, the overflow
- * tree of counts above two, and that with few mapped blocks a leaf spans more of the device.
+ * The approximation: a mapping tree whose keys are dense and whose nodes are all filled by two thirds, as
+ * ascending insertion leaves them, so that leaf n holds the mappings 168 n to 168 n + 167; data blocks that
+ * lie in the order of their thin blocks, so that the counts of a leaf's blocks stand in one bitmap; new
+ * data blocks in sequence. A commit adds six blocks: the superblock, one node of the tree of devices, one
+ * of their details, one of the index of the data bitmaps, the metadata index and a bitmap of metadata
+ * blocks. Left out: splits of nodes, the overflow tree of counts above two, and that with few mapped blocks
+ * a leaf spans more of the device.
  */
 #include "cow_model.h"
 
@@ -19,14 +20,16 @@
 #define FIXED_BLOCKS 6
 #define MANY_LEAVES 512
 
-/* The leaves of 64 * COW_LEAF blocks of level 6d, and those of the levels above, laid out like a node's sets: since
- * leaf n of a level lies in leaf n / 2 of the next one. The stamp is the transaction that changes them. */
+/* The leaves of 64 * COW_LEAF blocks of level 6d and those of the next five levels, laid out like a node's
+ * sets: leaf n of a level lies where leaf n / 2 of the next one lies. The stamp is the transaction that
+ * changes them. */
 struct marks {
 	struct cow_key key;
 	struct cow_set leaves;
 };
 
-/* The running transaction comes to these marks first: they are counted when it commits. NULL when out of memory. */
+/* The running transaction comes to these marks first: they are counted when it commits. NULL when out of
+ * memory. */
 static struct marks *begin_marks(struct bs_cow_model *m, struct marks *marks, uint64_t index, uint32_t device)
 {
 	if (m->nr_changed == m->changed_capacity) {
@@ -183,7 +186,8 @@ static uint64_t count_inner(struct bs_cow_model *m, int level, uint32_t device, 
 	return blocks;
 }
 
-/* The marks of one level stand for at most 64 leaves, which lie below two nodes at most, and in two bitmaps. */
+/* The marks of one level stand for at most 64 leaves, which lie below two nodes at most, and in two
+ * bitmaps. */
 static uint64_t count_marks(struct bs_cow_model *m, int level, const struct marks *marks)
 {
 	int j = level % 6;

@@ -1,9 +1,9 @@
 /*
- * The copy-on-write model: takes the requests of a trace in order, keeps what cow_model.h describes, ends epochs
- * and transactions, and hands out counts.
+ * The copy-on-write model: takes the requests of a trace in order, keeps what cow_model.h describes, ends
+ * epochs and transactions, and hands out counts.
  *
- * A request costs one look at one cache line if every smallest block that it writes was written in this epoch
- * before; the line is fetched while the requests before it are worked on. Memory: 64 bytes for each 64 smallest
+ * A write costs one look at one cache line if every smallest block of it was written in this epoch before;
+ * the line is fetched while the requests before it are worked on. Memory: 64 bytes for each 64 smallest
  * blocks in which one was written, some more for what lies above and for metadata, and a bounded history.
  */
 #include "cow_model.h"
@@ -266,7 +266,7 @@ static int pass_time(struct bs_cow_model *m, uint64_t time)
 /* ---- requests ---- */
 
 /* Nothing is to be done if every smallest block of the range was written in this epoch. */
-static inline void write(struct bs_cow_model *m, const struct cow_range *range)
+static inline void apply_write(struct bs_cow_model *m, const struct cow_range *range)
 {
 	uint64_t first = range->begin >> m->base_shift, last = (range->end - 1) >> m->base_shift;
 	uint64_t mask = ~0ull << (first & 63) & ~0ull >> (63 - (last & 63));
@@ -293,7 +293,7 @@ static int take_write(struct bs_cow_model *m, const struct bs_request *request)
 	m->bytes += request->length;
 	m->dirty = true;
 	if (request->length)
-		write(m, &range);
+		apply_write(m, &range);
 	return snapshot_if_due(m);
 }
 
@@ -365,8 +365,8 @@ static inline void prefetch(const struct bs_cow_model *m, const struct bs_reques
 	__builtin_prefetch(cow_table_slot(&m->leaves, sizeof(struct cow_node), node, request->device));
 }
 
-/* Take writes as long as nothing else happens: no growth of the device, no event of time, no snapshot before the last
- * one. Returns their number. */
+/* Take writes as long as nothing else happens: no growth of the device, no event of time, no snapshot but
+ * behind the last one. Returns their number. */
 static uint64_t take_writes(struct bs_cow_model *m, const struct bs_request *requests, uint64_t count)
 {
 	uint64_t highest = m->trace.highest_byte, time = m->next_time, bytes = 0, i = 0;
@@ -381,7 +381,7 @@ static uint64_t take_writes(struct bs_cow_model *m, const struct bs_request *req
 			break;
 		prefetch(m, &requests[i + AHEAD < count ? i + AHEAD : i]);
 		bytes += r->length;
-		write(m, &range);
+		apply_write(m, &range);
 	}
 	m->trace.requests += i;
 	m->trace.writes += i;

@@ -1,20 +1,20 @@
 /*
- * The inside of the copy-on-write model, shared by cow_model.c (requests, snapshots, results), cow_write.c and
- * cow_discard.c (what a request changes) and cow_metadata.c (what a commit writes).
+ * The inside of the copy-on-write model, shared by cow_model.c (requests, snapshots, results), cow_write.c
+ * and cow_discard.c (what a request changes) and cow_metadata.c (what a commit writes).
  *
- * Level k is the block size `base << k`, base the smallest size asked for. All levels are kept at once in a radix
- * tree of fan-out 64: a node of depth d holds the state of 64 blocks of level 6d and of the blocks of the five
- * levels above that these make up. Word 0 of a set is the 64 blocks, word 1 a heap: block i of level 6d + j is bit
- * (64 >> j) + i. So one cache line answers for six block sizes, and two masks from a table pick what a range covers
- * in all of them.
+ * Level k is the block size `base << k`, base the smallest size asked for. All levels are kept at once in a
+ * radix tree of fan-out 64: a node of depth d holds the state of 64 blocks of level 6d and of the blocks of
+ * the five levels above that these make up. Word 0 of a set is the 64 blocks, word 1 a heap: block i of
+ * level 6d + j is bit (64 >> j) + i, so that half a bit's number is the number of the block that it lies
+ * in. One cache line answers for six block sizes. Nodes are found by a hash, at once at any depth.
  *
- * Invariants, by which a request ends at the first level where it finds nothing new:
- * 1. what is current at a level is current at every larger one; what is mapped at a level is mapped at every
- *    larger one (a discard that unmaps a block covers all that lies inside);
+ * Invariants, by which a write ends at the first level where it finds nothing new:
+ * 1. what is current at a level is current at every larger one; what is mapped at a level is mapped at
+ *    every larger one (a discard that unmaps a block covers all that lies inside);
  * 2. a hole is neither current nor previous;
- * 3. a node exists if anything in it was ever written or partly discarded, and then so do its ancestors. A block
- *    with no node below it is as its own bit says through and through: a hole, or shared with the parent.
- *    The node at the top exists or not like any other; without it a device is as it began.
+ * 3. a node exists if anything in it was ever written or discarded in part, and then so do all above it. A
+ *    block with no node below it is through and through what its own bit says: a hole, or shared with the
+ *    parent. Without the node at the top a device is as it began.
  */
 #ifndef BS_COW_MODEL_H
 #define BS_COW_MODEL_H
@@ -45,16 +45,16 @@ struct cow_inner {
 	uint64_t children; /* which of the 64 blocks have a node below them */
 };
 
+/* In blocks unless the name says bytes. */
 struct cow_sums {
 	uint64_t allocated;    /* data blocks */
 	uint64_t provisioned;  /* of these: for holes */
 	uint64_t copied;       /* of these: with a copy; the others were overwritten */
 	uint64_t copied_bytes; /* of copied blocks, without the piece that broke sharing */
-	uint64_t
-		filled_bytes; /* zeros: around pieces that provision; of mapped blocks that discards cover in part */
-	uint64_t superseded; /* blocks allocated in the epoch before, replaced or unmapped in this one */
-	uint64_t discarded;  /* mapped blocks unmapped */
-	uint64_t freed;      /* of these: allocated in the same epoch */
+	uint64_t filled_bytes; /* zeros: around pieces that provision, and by discards of parts */
+	uint64_t superseded;   /* allocated in the epoch before, replaced or unmapped in this one */
+	uint64_t discarded;    /* mapped blocks unmapped */
+	uint64_t freed;        /* of these: allocated in the same epoch */
 };
 
 struct cow_level {
@@ -66,7 +66,8 @@ struct cow_level {
 	int height;               /* of the mapping tree */
 };
 
-/* The leaf of the level at the bottom of a depth that changed last in this transaction, alone or with levels above. */
+/* What changed last in this transaction: the leaf of level 6 * depth, and those it lies in at the next
+ * levels. */
 struct cow_marked {
 	uint64_t leaf;
 	uint32_t device;
@@ -156,12 +157,12 @@ static inline void cow_node_begin_epoch(const struct bs_cow_model *m, struct cow
 	n->key.stamp = m->epoch;
 }
 
-/* cow_model.c. Make the node, which is not there; or find or make it, brought to the running epoch. NULL when out of
- * memory. */
+/* cow_model.c. Make the node, which is not there; or find or make it, brought to the running epoch. NULL
+ * when out of memory. */
 struct cow_node *cow_node_add(struct bs_cow_model *m, int depth, uint64_t node, uint32_t device);
 struct cow_node *cow_node_get(struct bs_cow_model *m, int depth, uint64_t node, uint32_t device);
 
-/* Where a range begins and ends in a node: places among its 64 blocks, and bytes, 0 for an end in another node. */
+/* Where a range begins and ends in a node: places among its 64 blocks; bytes, 0 for an end in another node. */
 struct cow_ends {
 	unsigned int first, last;
 	uint64_t begin, end;
@@ -185,7 +186,8 @@ static inline struct cow_ends cow_ends(
 	return ends;
 }
 
-/* The same at level 6 * depth + j: bits of its word, and bytes of the two blocks that lie outside the range. */
+/* The same at level 6 * depth + j: bits of its word, and bytes of the two blocks that lie outside the
+ * range. */
 struct cow_span {
 	int word;
 	unsigned int first, last;
@@ -218,8 +220,8 @@ void cow_write(struct bs_cow_model *m, const struct cow_range *range, struct cow
 /* cow_discard.c */
 void cow_discard(struct bs_cow_model *m, const struct cow_range *range);
 
-/* cow_metadata.c. The mappings of blocks in a leaf of level 6 * depth change, and at the levels above it, `levels` in
- * all. */
+/* cow_metadata.c. The mappings of blocks in a leaf of level 6 * depth change, and in those that it lies in
+ * at the next levels, `levels` in all. */
 void cow_metadata_mark(struct bs_cow_model *m, int depth, uint32_t device, uint64_t leaf, int levels);
 /* The same for a set of blocks of a node. */
 void cow_metadata_mark_levels(

@@ -1,10 +1,10 @@
 /*
- * What a write changes. It goes through the nodes that it covers at depth 0, then through those of depth 1, and so on
- * while it finds something new: a block that was not touched before in this epoch. In a node it goes from level to
- * level in the same way. Most writes touch few blocks of few levels anew, and pay for those only; from the level on at
- * which a write lies in one block, a level is one bit.
+ * What a write changes. It goes through the nodes that it covers at depth 0, then through those of depth 1,
+ * and so on while it finds something new: a block that was not touched before in this epoch. In a node it
+ * goes from level to level in the same way. Most writes touch few blocks of few levels anew, and pay for
+ * those only; from the level on at which a write lies in one block, a level is one bit.
  *
- * Compiled twice, since counting and shifting bits takes fewer instructions where the processor has them.
+ * Compiled twice, since bits take fewer instructions where the processor has them.
  */
 #include "cow_model.h"
 

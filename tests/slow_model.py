@@ -42,7 +42,7 @@ class SlowModel:
     freed: Counter[int] = field(default_factory=Counter)
     exclusive: Counter[int] = field(default_factory=Counter)
     blocks: dict[tuple[int, int], int] = field(default_factory=dict)
-    _changed_nodes: set[tuple[object, ...]] = field(default_factory=set)
+    _changed_leaves: set[tuple[int, int]] = field(default_factory=set)
     _new_blocks: int = 0
     _first_time: int | None = None
     _last_time: int = 0
@@ -110,7 +110,7 @@ class SlowModel:
             self.counts["copied"] += 1
             self.counts["copied_bytes"] += self.block_size - piece
         self._leave(key)
-        self._change_metadata(key)
+        self._changed_leaves.add((key[0], key[1] // LEAF))
         self._new_blocks += 1
         self.allocated[self.epoch] += 1
         self.blocks[key] = self.epoch
@@ -123,7 +123,7 @@ class SlowModel:
             self.counts["freed"] += 1
             self.freed[self.epoch] += 1
         self._leave(key)
-        self._change_metadata(key)
+        self._changed_leaves.add((key[0], key[1] // LEAF))
         self.blocks[key] = HOLE
 
     # ---- requests
@@ -170,25 +170,21 @@ class SlowModel:
 
     # ---- metadata
 
-    def _change_metadata(self, key: tuple[int, int]) -> None:
-        """Note the bitmap of the old block and the nodes of the mapping tree, from the leaf to the root.
-
-        Where one is noted already, so are those above it.
-        """
-        device, block = key
+    def _changed_blocks(self) -> int:
+        """Count what the transaction changes: leaves, the nodes above them, the bitmaps of their data blocks."""
+        changed = {("bitmap", device, leaf * LEAF // BITMAP) for device, leaf in self._changed_leaves}
         blocks = self.device_bytes // self.block_size + 1
-        place, capacity, height = block // LEAF, LEAF, 0
-        while ("node", height, device, place) not in self._changed_nodes:
-            self._changed_nodes.add(("bitmap", device, block // LEAF * LEAF // BITMAP))
-            self._changed_nodes.add(("node", height, device, place))
-            if capacity >= blocks:
-                break
-            place, capacity, height = place // LEAF, capacity * LEAF, height + 1
+        nodes, capacity = self._changed_leaves, 1
+        while True:
+            changed |= {(f"nodes of {capacity} leaves", *node) for node in nodes}
+            if capacity * LEAF >= blocks:
+                return len(changed)
+            nodes, capacity = {(device, place // LEAF) for device, place in nodes}, capacity * LEAF
 
     def _commit(self, snapshot: bool = False) -> None:
-        if self._changed_nodes or snapshot:
+        if self._changed_leaves or snapshot:
             new_bitmaps = -(-self._new_blocks // BITMAP)
-            self.counts["metadata_blocks"] += FIXED_BLOCKS + len(self._changed_nodes) + new_bitmaps
+            self.counts["metadata_blocks"] += FIXED_BLOCKS + self._changed_blocks() + new_bitmaps
             self.counts["commits"] += 1
-        self._changed_nodes.clear()
+        self._changed_leaves.clear()
         self._new_blocks = 0

@@ -7,9 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.slow_model import SlowModel, requests_of
-
 from blocksnap.traces import Requests
+from tests.slow_model import SlowModel, requests_of
 from tests.trace_files import CARRIED, read
 
 __all__ = ["BLOCK_SIZES", "GOLDEN", "TRACES", "slow_table"]

@@ -5,10 +5,12 @@
  * The approximation: a mapping tree whose keys are dense and whose nodes are all filled by two thirds, as
  * ascending insertion leaves them, so that leaf n holds the mappings 168 n to 168 n + 167; data blocks that
  * lie in the order of their thin blocks, so that the counts of a leaf's blocks stand in one bitmap; new
- * data blocks in sequence. A commit adds six blocks: the superblock, one node of the tree of devices, one
- * of their details, one of the index of the data bitmaps, the metadata index and a bitmap of metadata
- * blocks. Left out: splits of nodes, the overflow tree of counts above two, and that with few mapped blocks
- * a leaf spans more of the device.
+ * data blocks in sequence. A leaf that changes in an epoch is a copy of the snapshot's, and gives all its
+ * data blocks one more count: from the third copy on the counts stand in a leaf of the overflow tree. A
+ * commit adds six blocks: the superblock, one node of the tree of devices, one of their details, one of the
+ * index of the data bitmaps, the metadata index and a bitmap of metadata blocks. Fresh devices have no more
+ * leaves than their mapped blocks fill, nor bitmaps than all data blocks. Left out: splits of nodes, inner
+ * nodes of the overflow tree.
  */
 #include "cow_model.h"
 
@@ -21,11 +23,14 @@
 #define MANY_LEAVES 512
 
 /* The leaves of 64 * COW_LEAF blocks of level 6d and those of the next five levels, laid out like a node's
- * sets: leaf n of a level lies where leaf n / 2 of the next one lies. The stamp is the transaction that
- * changes them. */
+ * sets: leaf n of a level lies where leaf n / 2 of the next one lies. */
 struct marks {
 	struct cow_key key;
 	struct cow_set leaves;
+	struct cow_set recent;      /* changed in epoch `epoch` */
+	struct cow_set once, twice; /* changed in at least one, two, epochs before that */
+	uint64_t transaction;       /* the one that `leaves` are of */
+	uint32_t epoch;
 };
 
 /* The running transaction comes to these marks first: they are counted when it commits. NULL when out of
@@ -42,10 +47,11 @@ static struct marks *begin_marks(struct bs_cow_model *m, struct marks *marks, ui
 		m->changed_capacity = capacity;
 	}
 	if (!marks)
-		marks = cow_table_add(&m->marks, index, device, m->transaction);
+		marks = cow_table_add(&m->marks, index, device, 1);
 	if (!marks)
 		return NULL;
-	*marks = (struct marks){.key = {index, device, m->transaction}};
+	marks->transaction = m->transaction;
+	marks->leaves = (struct cow_set){0};
 	m->changed[m->nr_changed++] = marks->key;
 	return marks;
 }
@@ -56,7 +62,7 @@ static struct marks *get_marks(struct bs_cow_model *m, int depth, uint32_t devic
 	uint64_t index = cow_index(depth, leaf >> 6);
 	struct marks *marks = cow_table_find(&m->marks, sizeof(struct marks), index, device);
 
-	if (marks && marks->key.stamp == m->transaction)
+	if (marks && marks->transaction == m->transaction)
 		return marks;
 	marks = begin_marks(m, marks, index, device);
 	m->out_of_memory |= !marks;
@@ -186,59 +192,112 @@ static uint64_t count_inner(struct bs_cow_model *m, int level, uint32_t device, 
 	return blocks;
 }
 
+static void end_epoch(struct marks *marks, uint32_t epoch)
+{
+	if (marks->epoch == epoch)
+		return;
+	for (int i = 0; i < 2; i++) {
+		marks->twice.w[i] |= marks->once.w[i] & marks->recent.w[i];
+		marks->once.w[i] |= marks->recent.w[i];
+		marks->recent.w[i] = 0;
+	}
+	marks->epoch = epoch;
+}
+
 /* The marks of one level stand for at most 64 leaves, which lie below two nodes at most, and in two
  * bitmaps. */
-static uint64_t count_marks(struct bs_cow_model *m, int level, const struct marks *marks)
+static void count_marks(struct bs_cow_model *m, int level, const struct marks *marks)
 {
+	struct cow_pending *p = &m->levels[level].pending;
+	uint32_t device = marks->key.device;
 	int j = level % 6;
 	uint64_t bits = cow_level_bits(marks->leaves, j);
 	uint64_t leaf = (marks->key.index & ((1ull << 60) - 1)) << (6 - j);
+	bool fresh = m->options.flags & BS_COW_FRESH;
 
 	if (!bits)
-		return 0;
+		return;
 	uint64_t first = leaf + __builtin_ctzll(bits), last = leaf + 63 - __builtin_clzll(bits);
-	return __builtin_popcountll(bits) + count_bitmaps(m, level, marks->key.device, first, last) +
-	       count_inner(m, level, marks->key.device, first, last);
+	p->leaves += __builtin_popcountll(bits);
+	p->overflow += __builtin_popcountll(bits & cow_level_bits(fresh ? marks->twice : marks->once, j));
+	p->bitmaps += count_bitmaps(m, level, device, first, last);
+	p->inner += count_inner(m, level, device, first, last);
 }
 
-/* What does not hang on single marks. */
-static uint64_t count_rest(const struct bs_cow_model *m, int level)
+static uint64_t divide_up(uint64_t a, uint64_t b)
 {
-	const struct cow_level *l = &m->levels[level];
-	uint64_t new = l->sums.allocated - l->allocated, leaves = l->unmapped_leaves;
+	return (a + b - 1) / b;
+}
 
-	return FIXED_BLOCKS + leaves + leaves / COW_LEAF + leaves * COW_LEAF / ENTRIES_PER_BITMAP +
-	       (new + ENTRIES_PER_BITMAP - 1) / ENTRIES_PER_BITMAP;
+/* What few mapped blocks of fresh devices can fill. */
+static void limit_to_mapped(const struct cow_level *l, struct cow_pending *p)
+{
+	uint64_t leaves = divide_up(l->sums.provisioned - l->sums.discarded, COW_LEAF), inner = 0;
+
+	for (uint64_t n = leaves; n > 1; inner += n)
+		n = divide_up(n, COW_LEAF);
+	p->leaves = cow_minimum(p->leaves, leaves);
+	p->overflow = cow_minimum(p->overflow, leaves);
+	p->inner = cow_minimum(p->inner, inner);
+	p->bitmaps = cow_minimum(p->bitmaps, divide_up(l->sums.allocated, ENTRIES_PER_BITMAP));
+}
+
+static uint64_t blocks_of(const struct bs_cow_model *m, const struct cow_level *l)
+{
+	struct cow_pending p = l->pending;
+	uint64_t unmapped = l->unmapped_leaves;
+
+	if (!p.leaves)
+		return 0;
+	if (m->options.flags & BS_COW_FRESH)
+		limit_to_mapped(l, &p);
+	return FIXED_BLOCKS + p.leaves + p.overflow + (p.overflow > 0) + p.inner + p.bitmaps + unmapped +
+	       unmapped / COW_LEAF + unmapped * COW_LEAF / ENTRIES_PER_BITMAP +
+	       divide_up(l->sums.allocated - l->allocated, ENTRIES_PER_BITMAP);
 }
 
 /* No stamp of the past may come up again. */
-static void next_stamp(struct bs_cow_model *m, uint32_t *stamp, struct cow_table *table)
+static void next_counting(struct bs_cow_model *m)
 {
-	if (++*stamp)
+	if (++m->counting)
 		return;
-	size_t stride = table->stride;
-	cow_table_deinit(table);
-	m->out_of_memory |= cow_table_init(table, stride) < 0;
-	*stamp = 1;
+	cow_table_deinit(&m->counted);
+	m->out_of_memory |= cow_table_init(&m->counted, sizeof(struct cow_key)) < 0;
+	m->counting = 1;
 }
 
 void cow_metadata_pending(struct bs_cow_model *m, uint64_t ret_blocks[COW_LEVELS])
 {
-	memset(ret_blocks, 0, COW_LEVELS * sizeof(*ret_blocks));
+	for (int i = 0; i < m->nr_sizes; i++)
+		m->levels[m->sizes[i]].pending = (struct cow_pending){0};
 	for (size_t i = 0; i < m->nr_changed; i++) {
 		const struct cow_key *key = &m->changed[i];
-		const struct marks *marks =
-			cow_table_find(&m->marks, sizeof(struct marks), key->index, key->device);
+		struct marks *marks = cow_table_find(&m->marks, sizeof(*marks), key->index, key->device);
 		int depth = key->index >> 60;
 
+		end_epoch(marks, m->epoch);
 		for (int j = 0; j < 6; j++)
 			if (m->wanted[depth] >> j & 1)
-				ret_blocks[6 * depth + j] += count_marks(m, 6 * depth + j, marks);
+				count_marks(m, 6 * depth + j, marks);
 	}
 	for (int i = 0; i < m->nr_sizes; i++)
-		if (ret_blocks[m->sizes[i]])
-			ret_blocks[m->sizes[i]] += count_rest(m, m->sizes[i]);
-	next_stamp(m, &m->counting, &m->counted);
+		ret_blocks[m->sizes[i]] = blocks_of(m, &m->levels[m->sizes[i]]);
+	next_counting(m);
+}
+
+static void settle_marks(struct bs_cow_model *m)
+{
+	for (size_t i = 0; i < m->nr_changed; i++) {
+		const struct cow_key *key = &m->changed[i];
+		struct marks *marks = cow_table_find(&m->marks, sizeof(*marks), key->index, key->device);
+
+		for (int w = 0; w < 2; w++)
+			marks->recent.w[w] |= marks->leaves.w[w];
+	}
+	m->nr_changed = 0;
+	for (int i = 0; i < COW_DEPTHS; i++)
+		m->marked[i].levels = 0;
+	m->transaction++;
 }
 
 void cow_metadata_commit(struct bs_cow_model *m, bool snapshot)
@@ -259,10 +318,7 @@ void cow_metadata_commit(struct bs_cow_model *m, bool snapshot)
 		l->unmapped_leaves = 0;
 		l->allocated = l->sums.allocated;
 	}
-	for (int i = 0; i < COW_DEPTHS; i++)
-		m->marked[i].levels = 0;
-	m->nr_changed = 0;
-	next_stamp(m, &m->transaction, &m->marks);
+	settle_marks(m);
 }
 
 int cow_metadata_init(struct bs_cow_model *m)

@@ -57,13 +57,18 @@ struct cow_sums {
 	uint64_t freed;        /* of these: allocated in the same epoch */
 };
 
+/* Metadata blocks that the running transaction changes. */
+struct cow_pending {
+	uint64_t leaves, overflow, inner, bitmaps;
+};
+
 struct cow_level {
 	struct cow_sums sums, before; /* now; when the epoch began */
-	/* Metadata: */
 	uint64_t metadata_blocks, commits;
-	uint64_t allocated;       /* when the transaction began */
-	uint64_t unmapped_leaves; /* of the transaction, without marks, inside large ranges */
-	int height;               /* of the mapping tree */
+	struct cow_pending pending; /* as of cow_metadata_pending() */
+	uint64_t allocated;         /* when the transaction began */
+	uint64_t unmapped_leaves;   /* of the transaction, without marks, inside large ranges */
+	int height;                 /* of the mapping tree */
 };
 
 /* What changed last in this transaction: the leaf of level 6 * depth, and those it lies in at the next
@@ -86,7 +91,7 @@ struct bs_cow_model {
 	bool out_of_memory;
 	bool dirty;                                     /* a write or discard since the snapshot */
 	uint32_t epoch;                                 /* from 1 on */
-	uint32_t transaction;                           /* from 1 on */
+	uint64_t transaction;                           /* from 1 on */
 	uint64_t writes, bytes;                         /* of the epoch */
 	uint64_t snapshot_writes, snapshot_bytes;       /* a snapshot is due */
 	uint64_t next_snapshot, next_commit, next_time; /* ns; next_time is the earlier one */

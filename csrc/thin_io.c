@@ -423,7 +423,8 @@ int64_t bs_device_write(struct bs_device *device, uint64_t offset, const void *b
 
 /* ---- discard ---- */
 
-/* Write zeros over a part of a block, unless it is a hole anyway. */
+/* Write zeros over parts of blocks that are no holes, never of two at once: what is copied does not hang on
+ * where blocks lie. */
 static int zero_part(struct bs_device *device, uint64_t offset, uint64_t length)
 {
 	static const unsigned char zeros[65536];
@@ -431,8 +432,9 @@ static int zero_part(struct bs_device *device, uint64_t offset, uint64_t length)
 	uint64_t data;
 
 	while (length) {
+		uint64_t rest = pool->block_size - offset % pool->block_size;
 		int ticket = grace_enter(&pool->grace);
-		uint64_t run = find_run(device, offset, length, &data);
+		uint64_t run = find_run(device, offset, minimum(length, rest), &data);
 		grace_exit(&pool->grace, ticket);
 		int r = run ? 0 : load_for_read(device, offset);
 		if (run && data != MAP_HOLE) {

@@ -1,6 +1,6 @@
 """The copy-on-write model again, slow and obvious: one block size, one dictionary entry a block."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -43,6 +43,7 @@ class SlowModel:
     exclusive: Counter[int] = field(default_factory=Counter)
     blocks: dict[tuple[int, int], int] = field(default_factory=dict)
     _changed_leaves: set[tuple[int, int]] = field(default_factory=set)
+    _leaf_epochs: defaultdict[tuple[int, int], set[int]] = field(default_factory=lambda: defaultdict(set))
     _new_blocks: int = 0
     _first_time: int | None = None
     _last_time: int = 0
@@ -170,21 +171,37 @@ class SlowModel:
 
     # ---- metadata
 
+    def _inner_nodes(self, nodes: set[tuple[int, int]], capacity: int) -> int:
+        """Count the nodes above leaves of a tree for so many blocks."""
+        count, height_capacity = 0, LEAF
+        while height_capacity < capacity:
+            nodes = {(device, place // LEAF) for device, place in nodes}
+            count, height_capacity = count + len(nodes), height_capacity * LEAF
+        return count
+
     def _changed_blocks(self) -> int:
-        """Count what the transaction changes: leaves, the nodes above them, the bitmaps of their data blocks."""
-        changed = {("bitmap", device, leaf * LEAF // BITMAP) for device, leaf in self._changed_leaves}
-        blocks = self.device_bytes // self.block_size + 1
-        nodes, capacity = self._changed_leaves, 1
-        while True:
-            changed |= {(f"nodes of {capacity} leaves", *node) for node in nodes}
-            if capacity * LEAF >= blocks:
-                return len(changed)
-            nodes, capacity = {(device, place // LEAF) for device, place in nodes}, capacity * LEAF
+        leaves = self._changed_leaves
+        copies_before = 2 if self.fresh else 1
+        overflow = sum(len(self._leaf_epochs[leaf] - {self.epoch}) >= copies_before for leaf in leaves)
+        bitmaps = len({(device, leaf * LEAF // BITMAP) for device, leaf in leaves})
+        inner = self._inner_nodes(leaves, self.device_bytes // self.block_size + 1)
+        count = len(leaves)
+        if self.fresh:
+            full = -(-(self.counts["provisioned"] - self.counts["discarded"]) // LEAF)
+            count, overflow = min(count, full), min(overflow, full)
+            all_leaves = {(0, leaf) for leaf in range(full)}
+            inner = min(inner, self._inner_nodes(all_leaves, full * LEAF))
+            bitmaps = min(bitmaps, -(-sum(self.allocated.values()) // BITMAP))
+        overflow += overflow > 0  # the root
+        return count + overflow + inner + bitmaps + -(-self._new_blocks // BITMAP)
 
     def _commit(self, snapshot: bool = False) -> None:
-        if self._changed_leaves or snapshot:
-            new_bitmaps = -(-self._new_blocks // BITMAP)
-            self.counts["metadata_blocks"] += FIXED_BLOCKS + self._changed_blocks() + new_bitmaps
-            self.counts["commits"] += 1
+        for leaf in self._changed_leaves:
+            self._leaf_epochs[leaf].add(self.epoch)
+        if self._changed_leaves:
+            self.counts["metadata_blocks"] += FIXED_BLOCKS + self._changed_blocks()
+        elif snapshot:
+            self.counts["metadata_blocks"] += FIXED_BLOCKS
+        self.counts["commits"] += snapshot or len(self._changed_leaves) > 0
         self._changed_leaves.clear()
         self._new_blocks = 0

@@ -12,8 +12,10 @@ from tests.images import (
 )
 from tests.kernel.plugin import (
     pytest_addoption,
+    pytest_collection_modifyitems,
     pytest_configure,
     pytest_runtest_protocol,
+    pytest_runtestloop,
     pytest_sessionfinish,
 )
 from tests.layer_roots import layer_root, users_root
@@ -27,8 +29,10 @@ __all__ = [
     "layer_root",
     "layout",
     "pytest_addoption",
+    "pytest_collection_modifyitems",
     "pytest_configure",
     "pytest_runtest_protocol",
+    "pytest_runtestloop",
     "pytest_sessionfinish",
     "small_docker_archive",
     "small_oci_archive",

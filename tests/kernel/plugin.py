@@ -24,8 +24,10 @@ SUFFIX = "-blocksnap-test"
 
 __all__ = [
     "pytest_addoption",
+    "pytest_collection_modifyitems",
     "pytest_configure",
     "pytest_runtest_protocol",
+    "pytest_runtestloop",
     "pytest_sessionfinish",
 ]
 
@@ -43,8 +45,13 @@ class GuestSession:
         self._guest: Guest | None = None
         self._boots = 0
 
+    def start(self) -> None:
+        """Boot, unless something lacks: the tests run in there while the session is busy with others."""
+        if not self._lack:
+            self._boot(self._items[0])
+
     def reports(self, item: pytest.Item) -> Iterator[pytest.TestReport]:
-        """Yield the reports of one test, the first of which boots the guest."""
+        """Yield the reports of one test; the guest is booted if there is none any more."""
         if self._lack:
             yield _report(item, "skipped", f"needs {self._lack}, or --kernel=host")
             return
@@ -145,13 +152,27 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["BLOCKSNAP_DEVICE_SUFFIX"] = SUFFIX
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put kernel tests last: meanwhile they run in the guest."""
+    if config.getoption("--kernel") == "guest":
+        items.sort(key=_is_kernel_test)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    if session.config.getoption("--kernel") == "host" or session.config.option.collectonly:
+        return
+    if items := [item for item in session.items if _is_kernel_test(item)]:
+        session.stash[_session] = GuestSession(items)
+        session.stash[_session].start()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     if item.config.getoption("--kernel") == "host" or not _is_kernel_test(item):
         return None
     stash = item.session.stash
-    if _session not in stash:
-        stash[_session] = GuestSession([other for other in item.session.items if _is_kernel_test(other)])
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     for report in stash[_session].reports(item):
         item.ihook.pytest_runtest_logreport(report=report)

@@ -29,6 +29,16 @@ from .errors import (
 )
 from .pool import Pool
 from .pool_report import DeviceUsage, PoolStatus
+from .space_policy import (
+    ExtendFailed,
+    ExtendPolicy,
+    PoolEvent,
+    PoolExtended,
+    PoolPart,
+    PoolStopped,
+    SpaceLow,
+    SpaceOut,
+)
 from .thin_device import ThinDevice
 from .units import format_size, parse_size
 from .user_pool import PoolCounters
@@ -47,6 +57,8 @@ __all__ = [
     "DeviceNotFoundError",
     "DeviceUsage",
     "DigestError",
+    "ExtendFailed",
+    "ExtendPolicy",
     "ImageError",
     "ImageGraph",
     "LayerExistsError",
@@ -58,9 +70,15 @@ __all__ = [
     "NotSupportedError",
     "Pool",
     "PoolCounters",
+    "PoolEvent",
+    "PoolExtended",
     "PoolFormatError",
+    "PoolPart",
     "PoolStatus",
+    "PoolStopped",
     "PrivilegeError",
+    "SpaceLow",
+    "SpaceOut",
     "ThinDevice",
     "UnsafeLayerError",
     "drivers",

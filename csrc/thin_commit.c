@@ -216,14 +216,16 @@ bool metadata_low(struct bs_pool *pool)
 	       thin_metadata_room(pool->md, false) == -ENOSPC;
 }
 
-static void watch_space(struct bs_pool *pool)
+/* reserved: data blocks that the caller is about to use. */
+static void watch_space(struct bs_pool *pool, uint64_t reserved)
 {
 	struct thin_metadata_status status;
 
 	if (pool->watch_fd < 0 || (pool->told_data && pool->told_metadata))
 		return;
 	thin_metadata_status(pool->md, &status);
-	bool data = !pool->told_data && status.data_free * pool->block_size <= pool->data_low;
+	bool data = !pool->told_data &&
+		    status.data_free * pool->block_size <= pool->data_low + reserved * pool->block_size;
 	bool metadata = !pool->told_metadata && metadata_low(pool);
 	pool->told_data |= data;
 	pool->told_metadata |= metadata;
@@ -278,7 +280,7 @@ int make_room(struct bs_pool *pool, bool releasing)
 			r = make_room_now(pool, releasing);
 	}
 	if (r == 0)
-		watch_space(pool);
+		watch_space(pool, 0);
 	return r;
 }
 
@@ -309,7 +311,7 @@ int reserve_data(struct bs_pool *pool, uint64_t *ret)
 			r = reserve_data_now(pool, ret);
 	}
 	if (r == 0)
-		watch_space(pool);
+		watch_space(pool, 1);
 	return r;
 }
 

@@ -1,5 +1,6 @@
 """Pools that grow by a policy, and what they tell of their space."""
 
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -109,6 +110,15 @@ def test_at_its_maximum_the_pool_fails_writes_and_says_why(make: Callable[..., P
         pool.extend(size="32M")
         device.write(0, b"y" * (24 * MIB))
         assert device.read(24 * MIB - 1, 1) == b"y"
+
+
+@pytest.mark.parametrize("preallocate", [False, True])
+def test_what_a_pool_grows_by_is_reserved(make: Callable[..., Pool], preallocate: bool) -> None:
+    with make(ExtendPolicy(0.5, "8M", preallocate=preallocate), Events()) as pool:
+        pool.create_device("a", "24M").write(0, b"x" * (9 * MIB))
+        size = pool.status().data_bytes
+        assert size >= 16 * MIB
+        assert os.stat(pool.path / "data").st_blocks * 512 >= size - 8 * MIB
 
 
 def test_metadata_grow_before_they_are_full(make: Callable[..., Pool]) -> None:

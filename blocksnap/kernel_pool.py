@@ -13,6 +13,7 @@ Calls may come from any thread.
 """
 
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from os import PathLike, fspath
@@ -53,6 +54,7 @@ _METADATA_RESERVE = 32
 
 _METADATA_LOW_WATER = 1024
 _WAIT_FOR_ROOM_SECONDS = 60.0
+_MUCH_ROOM, _ROOMY_SECONDS = 2048, 0.05
 
 
 class KernelPool:
@@ -90,7 +92,7 @@ class KernelPool:
             self._what,
             self._commits,
             self._counts,
-            self._require_room,
+            self._require_room_to_write,
             block_size=table.block_size,
             read_only=read_only,
         )
@@ -99,7 +101,8 @@ class KernelPool:
         self._watch: KernelWatch | None = None
         self._read_only = read_only
         self._time = 0
-        self._last = self._require_status()
+        self._roomy_until = 0.0
+        self._require_status()
         self._nr_devices = 0
 
     # ---- making, opening, closing
@@ -281,6 +284,7 @@ class KernelPool:
                 f"{self._what} could not commit and is read-only:"
                 ' close it, then "blocksnap pool check --clear-needs-check"'
             )
+        self._last = status
         return status
 
     def status(self) -> EngineStatus:
@@ -353,6 +357,14 @@ class KernelPool:
                 f"{what}: the metadata of {self._what.removeprefix('the ')} are full:"
                 ' delete devices, or "blocksnap pool extend --metadata-size"'
             )
+
+    def _require_room_to_write(self, what: str) -> None:
+        """Raise why a device cannot be written to; where there is much room it is not looked at each time."""
+        now = time.monotonic()
+        if now >= self._roomy_until:
+            self._require_room(what)
+            if self._last.free_metadata_blocks > _MUCH_ROOM:
+                self._roomy_until = now + _ROOMY_SECONDS
 
     def _room_comes(self) -> bool:
         """Wait for the pool to grow, if somebody lets it."""

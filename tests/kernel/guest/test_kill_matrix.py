@@ -53,6 +53,7 @@ def calls_survived(shim: Path, *arguments: str) -> list[str]:
     return calls
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_kill_at_any_call_leaves_all_or_nothing_of_an_operation(

@@ -5,12 +5,13 @@
  * The approximation: a mapping tree whose keys are dense and whose nodes are all filled by two thirds, as
  * ascending insertion leaves them, so that leaf n holds the mappings 168 n to 168 n + 167; data blocks that
  * lie in the order of their thin blocks, so that the counts of a leaf's blocks stand in one bitmap; new
- * data blocks in sequence. A leaf that changes in an epoch is a copy of the snapshot's, and gives all its
- * data blocks one more count: from the third copy on the counts stand in a leaf of the overflow tree. A
- * commit adds six blocks: the superblock, one node of the tree of devices, one of their details, one of the
- * index of the data bitmaps, the metadata index and a bitmap of metadata blocks. Fresh devices have no more
- * leaves than their mapped blocks fill, nor bitmaps than all data blocks. Left out: splits of nodes, inner
- * nodes of the overflow tree.
+ * data blocks in sequence. A leaf that first changes in an epoch becomes a copy of the snapshot's, which
+ * gives all its data blocks one more count: from the third copy on these stand in a leaf of the overflow
+ * tree. A commit adds six blocks: the superblock, one node of the tree of devices, one of their details,
+ * one of the index of the data bitmaps, the metadata index and a bitmap of metadata blocks. Fresh devices
+ * have no more leaves than their mapped blocks fill, nor bitmaps than all data blocks. Left out: splits of
+ * nodes, inner nodes of the overflow tree below its root, changes of high counts that are no copies of
+ * leaves.
  */
 #include "cow_model.h"
 
@@ -219,7 +220,8 @@ static void count_marks(struct bs_cow_model *m, int level, const struct marks *m
 		return;
 	uint64_t first = leaf + __builtin_ctzll(bits), last = leaf + 63 - __builtin_clzll(bits);
 	p->leaves += __builtin_popcountll(bits);
-	p->overflow += __builtin_popcountll(bits & cow_level_bits(fresh ? marks->twice : marks->once, j));
+	p->overflow += __builtin_popcountll(bits & cow_level_bits(fresh ? marks->twice : marks->once, j) &
+					    ~cow_level_bits(marks->recent, j));
 	p->bitmaps += count_bitmaps(m, level, device, first, last);
 	p->inner += count_inner(m, level, device, first, last);
 }

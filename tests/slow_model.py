@@ -182,7 +182,10 @@ class SlowModel:
     def _changed_blocks(self) -> int:
         leaves = self._changed_leaves
         copies_before = 2 if self.fresh else 1
-        overflow = sum(len(self._leaf_epochs[leaf] - {self.epoch}) >= copies_before for leaf in leaves)
+        overflow = sum(
+            self.epoch not in epochs and len(epochs) >= copies_before
+            for epochs in (self._leaf_epochs[leaf] for leaf in leaves)
+        )
         bitmaps = len({(device, leaf * LEAF // BITMAP) for device, leaf in leaves})
         inner = self._inner_nodes(leaves, self.device_bytes // self.block_size + 1)
         count = len(leaves)
@@ -196,12 +199,12 @@ class SlowModel:
         return count + overflow + inner + bitmaps + -(-self._new_blocks // BITMAP)
 
     def _commit(self, snapshot: bool = False) -> None:
-        for leaf in self._changed_leaves:
-            self._leaf_epochs[leaf].add(self.epoch)
         if self._changed_leaves:
             self.counts["metadata_blocks"] += FIXED_BLOCKS + self._changed_blocks()
         elif snapshot:
             self.counts["metadata_blocks"] += FIXED_BLOCKS
+        for leaf in self._changed_leaves:
+            self._leaf_epochs[leaf].add(self.epoch)
         self.counts["commits"] += snapshot or len(self._changed_leaves) > 0
         self._changed_leaves.clear()
         self._new_blocks = 0

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from blocksnap import drivers, errors, mount, pool_client
+from blocksnap import drivers, errors, metadata, mount, pool_client
 from blocksnap.amplification.testbed import open_testbed
+from blocksnap.drivers.devicemapper import DeviceMapperDriver
 from blocksnap.drivers.thin import ThinDriver
 from blocksnap.graph import ImageGraph
 from blocksnap.pool import Pool
@@ -24,22 +25,35 @@ pytestmark = needs_mounts
 MIB = 1 << 20
 
 
+both_engines = pytest.mark.parametrize(
+    "kind", [ThinDriver, pytest.param(DeviceMapperDriver, marks=pytest.mark.kernel)], indirect=True
+)
+
+
 @pytest.fixture
-def root(tmp_path: Path) -> Iterator[Path]:
+def kind(request: pytest.FixtureRequest) -> type[ThinDriver]:
+    """The user engine's driver, unless the test is parametrized with `both_engines`."""
+    found: type[ThinDriver] = getattr(request, "param", ThinDriver)
+    return found
+
+
+@pytest.fixture
+def root(tmp_path: Path, kind: type[ThinDriver]) -> Iterator[Path]:
     """Where a driver's root is made; nothing may stay mounted, and its pool must be sound and free."""
     root = tmp_path / "root"
     yield root
     if (root / "pool").exists():
-        with drivers.open("thin", root) as driver:
+        with kind(root) as driver:
             driver.cleanup()
-        if shutil.which("thin_check"):
+        assert not metadata.check(root / "pool" / "metadata").findings
+        if shutil.which("thin_check") and kind is ThinDriver:  # it opens no files in a guest's memory
             assert_sound(root / "pool" / "metadata")
     assert (mounts_below(tmp_path), loops_below(tmp_path)) == ([], [])
 
 
 @pytest.fixture
-def driver(root: Path) -> Iterator[ThinDriver]:
-    with ThinDriver(root, size="1G") as opened:
+def driver(root: Path, kind: type[ThinDriver]) -> Iterator[ThinDriver]:
+    with kind(root, size="1G") as opened:
         yield opened
 
 
@@ -115,13 +129,14 @@ def test_devices_that_are_no_layers_are_left_alone(driver: ThinDriver) -> None:
         assert [device.name for device in pool.devices()] == [".base", "layer", "mine"]
 
 
-def test_full_pool_is_an_error_and_serves_on_when_extended(root: Path) -> None:
-    with ThinDriver(root, size="32M") as driver:
+@both_engines
+def test_full_pool_is_an_error_and_serves_on_when_extended(root: Path, kind: type[ThinDriver]) -> None:
+    with kind(root, size="64M", base_size="256M") as driver:
         driver.create("layer")
         with driver.mounted("layer") as path, pytest.raises(OSError, match=r"Input/output error|No space"):
-            write_synced(path / "large", 64)
+            write_synced(path / "large", 96)
         with pool_client.serve(root / "pool") as pool:
-            pool.extend(size="128M")
+            pool.extend(size="192M")
         driver.create("other")
         fill(driver, "other", "file", os.urandom(40 * MIB))
 
@@ -155,6 +170,7 @@ def test_child_of_a_parent_that_is_written_to_is_whole(driver: ThinDriver) -> No
         assert compare_trees(parent, child) == []
 
 
+@both_engines
 def test_container_is_snapshotted_while_it_is_written_to(driver: ThinDriver) -> None:
     driver.create("base")
     driver.create_read_write("container", "base")
@@ -172,6 +188,7 @@ def test_container_is_snapshotted_while_it_is_written_to(driver: ThinDriver) -> 
         assert (copy / "log").read_bytes() == b"its own way"
 
 
+@both_engines
 def test_layer_that_had_children_is_written_to_again(driver: ThinDriver) -> None:
     driver.create("parent")
     driver.create("child", "parent")

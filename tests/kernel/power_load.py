@@ -1,7 +1,10 @@
-"""A load until the power is cut: python -m tests.kernel.power_load DIRECTORY
+"""A load until the power is cut: python -m tests.kernel.power_load DIRECTORY (files | disk)
 
 Opens the pool that the last cut left, verifies it, then writes and changes it for ever, and logs what was
-done (power_state.py). The directory is outside of this machine.
+done (power_state.py) in the directory, which is outside of this machine.
+
+The pool's files are in the directory, too, and what is written to them survives. Or they are in a file system
+on a disk, as loop devices that write to the page cache: what is not flushed is lost.
 """
 
 import mmap
@@ -13,7 +16,9 @@ import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from blocksnap.mount import LoopDevice, mount
 from blocksnap.pool import Pool
 from tests.kernel.power_state import (
     RECORD,
@@ -21,12 +26,15 @@ from tests.kernel.power_state import (
     SLOTS,
     STEPS,
     WRITERS,
+    assert_sound,
     read_log,
     record,
     slot_offset,
     verify,
     writer_of,
 )
+
+DISK = Path("/disk")
 
 
 class Log:
@@ -122,13 +130,26 @@ def _die(arguments: threading.ExceptHookArgs) -> None:
     os._exit(1)
 
 
-def main(directory: str) -> None:
+def parts_on_disk() -> dict[str, Any]:
+    """Return where the pool is on the disk, sound as the cut left it."""
+    DISK.mkdir()
+    mount("/dev/ubda", DISK, "ext4")
+    parts = {name: LoopDevice.attach(DISK / name).path for name in ("metadata", "data")}
+    assert_sound(parts["metadata"])
+    return {**parts, "catalog": DISK / "catalog.db"}
+
+
+def main(directory: str, kind: str) -> None:
     threading.excepthook = _die
     log_path = Path(directory, "log")
     tell = os.open("/dev/ttyS1", os.O_WRONLY | os.O_NOCTTY)
     os.write(tell, b"opening\n")
     told = read_log(log_path)
-    pool = Pool.open(Path(directory, "pool"), engine="kernel")
+    where = parts_on_disk() if kind == "disk" else {"path": Path(directory, "pool")}
+    if kind == "disk" and random.random() < 0.5:
+        with Pool.open(**where) as recovered:
+            verify(recovered, told)
+    pool = Pool.open(**where, engine="kernel")
     found, numbers = verify(pool, told)
     log = Log(log_path)
     number = told.rounds + len(STEPS)

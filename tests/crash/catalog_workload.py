@@ -4,7 +4,7 @@
 
 runs the operations. Each says before and after, in the file `marks` of the pool's directory, what the
 pool must then hold: its devices with their sizes and labels, and for each device the values that its
-blocks may have. Meanwhile a second thread writes to a device of its own and flushes it, so that flushes
+pieces may have. Meanwhile a second thread writes to a device of its own and flushes it, so that flushes
 share commits with operations.
 """
 
@@ -13,25 +13,30 @@ import os
 import random
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from blocksnap.errors import NoSpaceError
 from blocksnap.pool import Pool
 
-__all__ = ["BLOCK", "BLOCKS", "BUSY", "main"]
+__all__ = ["BLOCK", "BUSY", "PIECES", "Workload", "main"]
 
 BLOCK = 4096
-BLOCKS = 16
+PIECES = 16
+"""What a device has at least, and what is written to it."""
 BUSY = "busy"
 
 
 class Workload:
-    def __init__(self, path: Path, seed: int) -> None:
+    """The operations on an open pool; `tell` gets each mark, a line of JSON, before it goes on."""
+
+    def __init__(self, pool: Pool, seed: int, tell: Callable[[bytes], object], *, piece: int = BLOCK) -> None:
         self._rng = random.Random(seed)
-        self._marks = os.open(path / "marks", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self._tell = tell
+        self._piece = piece
         self._lock = threading.Lock()
-        self._pool = Pool.open(path)
+        self._pool = pool
         self._size = self._pool.status().data_bytes
         self._number = 0
         self._value = 0
@@ -41,7 +46,7 @@ class Workload:
 
     def _mark(self, what: str, **facts: Any) -> None:
         with self._lock:
-            os.write(self._marks, json.dumps({"what": what, **facts}).encode() + b"\n")
+            self._tell(json.dumps({"what": what, **facts}).encode())
 
     def _begin(self, after: dict[str, Any]) -> None:
         self._mark("begin", devices=after)
@@ -60,8 +65,10 @@ class Workload:
 
     def _create(self) -> None:
         name = self._next_name()
-        device = {"size": BLOCKS * BLOCK, "labels": {}, "values": [[0]] * BLOCKS}
-        self._do(self._changed(**{name: device}), lambda: self._pool.create_device(name, BLOCKS * BLOCK))
+        device = {"size": PIECES * self._piece, "labels": {}, "values": [[0]] * PIECES}
+        self._do(
+            self._changed(**{name: device}), lambda: self._pool.create_device(name, PIECES * self._piece)
+        )
 
     def _snapshot(self, origin: str) -> None:
         name = self._next_name()
@@ -74,7 +81,7 @@ class Workload:
         self._do(self._changed(**{name: None}), lambda: self._pool.device(name).delete())
 
     def _resize(self, name: str) -> None:
-        size = self._devices[name]["size"] + BLOCK
+        size = self._devices[name]["size"] + self._piece
         device = {**self._devices[name], "size": size}
         self._do(self._changed(**{name: device}), lambda: self._pool.device(name).resize(size))
 
@@ -86,37 +93,40 @@ class Workload:
     def _several(self, old: str) -> None:
         first, second = self._next_name(), self._next_name()
         copy = json.loads(json.dumps(self._devices[old]))
-        empty = {"size": BLOCK * BLOCKS, "labels": {}, "values": [[0]] * BLOCKS}
+        empty = {"size": PIECES * self._piece, "labels": {}, "values": [[0]] * PIECES}
 
         def operations() -> None:
             with self._pool.transaction():
                 self._pool.device(old).snapshot(first)
-                self._pool.create_device(second, BLOCKS * BLOCK)
+                self._pool.create_device(second, PIECES * self._piece)
                 self._pool.device(old).delete()
 
         self._do(self._changed(**{first: {**copy, "labels": {}}, second: empty, old: None}), operations)
 
     def _extend(self) -> None:
-        self._size += 16 * BLOCK
-        self._do(self._devices, lambda: self._pool.extend(size=self._size))
+        self._size += PIECES * self._piece
+        self._do(self._devices, lambda: self.extend(self._size))
+
+    def extend(self, size: int) -> None:
+        self._pool.extend(size=size)
 
     def _write(self, name: str) -> None:
-        first = self._rng.randrange(BLOCKS)
-        count = self._rng.randint(1, BLOCKS - first)
+        first = self._rng.randrange(PIECES)
+        count = self._rng.randint(1, PIECES - first)
         value = self._next_value()
         for block in range(first, first + count):
             self._devices[name]["values"][block] = [*self._devices[name]["values"][block], value]
         self._mark("write", devices=self._devices)
         try:
-            self._pool.device(name).write(first * BLOCK, bytes([value]) * count * BLOCK)
+            self._pool.device(name).write(first * self._piece, bytes([value]) * count * self._piece)
         except NoSpaceError:
             self._adopt(name)
 
     def _adopt(self, name: str) -> None:
         """Take what the device shows after a write that failed half-way."""
-        content = self._pool.device(name).read(0, BLOCKS * BLOCK)
+        content = self._pool.device(name).read(0, PIECES * self._piece)
         for block, values in enumerate(self._devices[name]["values"]):
-            values.append(content[block * BLOCK])
+            values.append(content[block * self._piece])
 
     def _do(self, after: dict[str, Any], operation: Any) -> None:
         self._begin(after)
@@ -158,7 +168,7 @@ class Workload:
         while not self._stop.is_set():
             value += 1
             self._mark("busy", value=value)
-            device.write(0, value.to_bytes(4, "little") * (BLOCK // 4))
+            device.write(0, value.to_bytes(4, "little") * (self._piece // 4))
             device.flush()
             self._mark("flushed", value=value)
 
@@ -181,7 +191,8 @@ class Workload:
 
 
 def main(path: str, seed: str, steps: str) -> None:
-    Workload(Path(path), int(seed)).run(int(steps))
+    marks = os.open(Path(path) / "marks", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    Workload(Pool.open(path), int(seed), lambda mark: os.write(marks, mark)).run(int(steps))
     # As a power cut: no close.
     os._exit(0)
 

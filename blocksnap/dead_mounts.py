@@ -15,12 +15,19 @@ from .device_mapper import Control, Device
 from .errors import ArgumentError, BlocksnapError, BusyError
 from .file_system import may_mount, unmount_fuse
 
-__all__ = ["dead_exports", "end_dead_export", "remove_mapped"]
+__all__ = ["dead_exports", "end_dead_export", "remove_mapped", "silent_exports"]
+
+_PATIENCE_SECONDS = 3.0
 
 
 def dead_exports() -> list[str]:
     """Return where FUSE exports of blocksnap are mounted whose server is gone."""
     return [target for target in _exports() if _is_dead(target)]
+
+
+def silent_exports() -> list[str]:
+    """Return where FUSE exports of blocksnap are mounted whose server does not answer, though it is there."""
+    return [target for target in _exports() if mount.probe(target, _PATIENCE_SECONDS) == errno.ETIMEDOUT]
 
 
 def end_dead_export(mountpoint: str | os.PathLike[str]) -> None:
@@ -53,11 +60,7 @@ def _exports() -> list[str]:
 
 
 def _is_dead(target: str | os.PathLike[str]) -> bool:
-    try:
-        os.statvfs(target)
-    except OSError as error:
-        return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
-    return False
+    return mount.probe(target, _PATIENCE_SECONDS) in (errno.ENOTCONN, errno.ECONNABORTED)
 
 
 def _unmount_fuse(target: str | os.PathLike[str]) -> None:

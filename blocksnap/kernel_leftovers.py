@@ -15,7 +15,7 @@ from .dm_cookie import remove_left_cookies
 from .errors import BlocksnapError, BusyError, NotSupportedError, PrivilegeError
 from .kernel_backing import identity_of, locked
 from .kernel_device import users_of
-from .mount import loop_devices
+from .mount import loop_files
 from .udev import make_node
 
 __all__ = ["LeftPool", "clear_devices", "left_pools", "remove_leftovers"]
@@ -94,8 +94,7 @@ def _metadata_of(device: Device) -> str:
     if not isinstance(target, ThinPoolTarget):
         return ""
     node = make_node(target.metadata)
-    files = [loop.backing_path for loop in loop_devices() if loop.path == node]
-    return files[0] if files else node
+    return loop_files().get(node, node)
 
 
 def _is_left(path: str, uuid: str) -> bool:

@@ -7,7 +7,7 @@ above that device: what can wait for them runs in a child process.
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,8 +24,10 @@ __all__ = [
     "frozen",
     "is_mounted",
     "loop_devices",
+    "loop_files",
     "mount",
     "mount_table",
+    "probe",
     "sync_filesystem",
     "thaw",
     "told_by_magic",
@@ -134,8 +136,12 @@ def loop_devices(below: Path | None = None) -> list[LoopDevice]:
 
     Only what is returned is asked: one over a file whose FUSE server hangs does not answer.
     """
-    files = Path("/sys/block").glob("loop*/loop/backing_file")
-    numbers = sorted(int(p.parts[3][4:]) for p in files if below is None or _is_over(p, below))
+    files = loop_files().items()
+    numbers = sorted(
+        int(path[len("/dev/loop") :])
+        for path, backing in files
+        if below is None or Path(backing).is_relative_to(below)
+    )
     found = []
     for number in numbers:
         try:
@@ -145,12 +151,14 @@ def loop_devices(below: Path | None = None) -> list[LoopDevice]:
     return found
 
 
-def _is_over(attribute: Path, directory: Path) -> bool:
-    try:
-        backing = attribute.read_text(errors="surrogateescape").removesuffix("\n")
-        return Path(backing).is_relative_to(directory)
-    except OSError:  # detached meanwhile
-        return False
+def loop_files() -> dict[str, str]:
+    """Return the path of the file below each attached loop device, by its own path. No server is asked."""
+    found = {}
+    for attribute in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with suppress(OSError):  # detached meanwhile
+            backing = attribute.read_text(errors="surrogateescape").removesuffix("\n")
+            found[f"/dev/{attribute.parts[3]}"] = backing
+    return found
 
 
 def backing_loops(path: str | os.PathLike[str]) -> list[LoopDevice]:
@@ -243,6 +251,14 @@ def thaw(path: str | os.PathLike[str]) -> None:
 def sync_filesystem(path: str | os.PathLike[str]) -> None:
     """Write back the file system that holds a path."""
     check(lib.bs_filesystem_sync(_native_path(path)))
+
+
+def probe(path: str | os.PathLike[str], timeout: float) -> int:
+    """Ask the file system mounted at a path for a sign of life; return 0, or the errno that came instead.
+
+    ETIMEDOUT without an answer within `timeout` seconds; ENOTCONN when its FUSE server is gone.
+    """
+    return -min(0, int(lib.bs_filesystem_probe(_native_path(path), int(timeout * 1000))))
 
 
 @dataclass(frozen=True, slots=True)

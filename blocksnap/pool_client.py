@@ -9,6 +9,7 @@ server that there is.
 """
 
 import os
+import select
 import shutil
 import socket
 import stat
@@ -20,7 +21,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +31,7 @@ from .engines import DEFAULT_ENGINE, engine_named
 from .errors import ArgumentError, BlocksnapError, BusyError, DeviceIOError, NotSupportedError, system_errors
 from .metadata import DELTA_RANGE, CheckReport, Finding
 from .pool_files import PathArgument, PoolFiles, Progress
-from .pool_protocol import PAYLOAD_BYTES, VERSION, Message, error_from, receive, send, socket_address
+from .pool_protocol import PAYLOAD_BYTES, VERSION, Message, error_from, peer, receive, send, socket_address
 from .pool_report import REVERSE_MAPPING, DeviceUsage, PoolStatus
 from .pool_service import mount_namespace
 from .remote_device import DeviceDescription, RemoteDevice
@@ -38,11 +39,41 @@ from .thin_device import parse_device_size, require_name
 from .units import Size, parse_size
 from .user_pool import PoolCounters
 
-__all__ = ["PoolClient", "RemoteDevice", "connect", "serve"]
+__all__ = ["PoolClient", "RemoteDevice", "ServerProcess", "connect", "serve", "server_of"]
 
 _START_SECONDS = 10.0
 _RETRY_SECONDS = 0.02
 _MAX_LOG = 1 << 20
+_LOOK_SECONDS = 0.5
+_STATES = {"T": "stopped", "t": "stopped", "D": "waiting for a device", "Z": "dead", "X": "dead"}
+
+
+class ServerProcess(NamedTuple):
+    """The process that serves a pool, and its state: a letter of proc(5)."""
+
+    pid: int
+    state: str
+
+    @classmethod
+    def of(cls, connection: socket.socket) -> Self:
+        """Return the process that listens at the other end, which may be too ill to say so itself."""
+        pid, _ = peer(connection)
+        try:
+            return cls(pid, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0])
+        except OSError:
+            return cls(pid, "X")
+
+    @property
+    def is_stopped(self) -> bool:
+        return self.state in ("T", "t")
+
+    @property
+    def mend(self) -> str:
+        """What somebody can do who waits for it."""
+        return f"kill -CONT {self.pid}" if self.is_stopped else "wait, or end that process"
+
+    def __str__(self) -> str:
+        return f"process {self.pid}, which is {_STATES.get(self.state, 'running')}"
 
 
 class PoolClient:
@@ -53,6 +84,7 @@ class PoolClient:
         self.path = directory
         self._connection = connection
         self._lock = threading.Lock()
+        self._await_greeting()
         greeting = self._next()
         self.server_pid: int = greeting.body["result"]["pid"]
         if greeting.body["result"]["version"] != VERSION:
@@ -61,6 +93,13 @@ class PoolClient:
                 " unmount what it has mounted, then it ends"
             )
         self.engine: str = greeting.body["result"]["engine"]
+
+    def _await_greeting(self) -> None:
+        """Wait until the server speaks; a stopped one would be waited for in vain."""
+        while not select.select([self._connection], [], [], _LOOK_SECONDS)[0]:
+            server = ServerProcess.of(self._connection)
+            if server.is_stopped:
+                raise BusyError(f"pool {self.path} is served by {server}: {server.mend}")
 
     def close(self) -> None:
         """Say good-bye; returns when the server has closed the pool, if this was all that kept it."""
@@ -298,6 +337,15 @@ def connect(path: PathArgument, *, engine: str | None = None) -> PoolClient | No
                 f' "{client.engine}", not "{engine}": unmount what it has mounted, or use its engine'
             )
     return client
+
+
+def server_of(path: PathArgument) -> ServerProcess | None:
+    """Return the process that listens for a pool in a directory, None when there is none. It is not asked."""
+    try:
+        with _connection(Path(os.path.abspath(path))) as connection:
+            return ServerProcess.of(connection)
+    except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
+        return None
 
 
 def _connect(directory: Path) -> PoolClient | None:

@@ -27,7 +27,7 @@ __all__ = [
     "Message",
     "describe_error",
     "error_from",
-    "peer_user",
+    "peer",
     "receive",
     "send",
     "socket_address",
@@ -66,10 +66,11 @@ def socket_address(directory: Path, name: str = _SOCKET) -> Iterator[str]:
         os.close(descriptor)
 
 
-def peer_user(connection: socket.socket) -> int:
-    """Return the user id of the process at the other end when it connected."""
+def peer(connection: socket.socket) -> tuple[int, int]:
+    """Return the process and user ids of the other end when it connected, or began to listen."""
     found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    return int(struct.unpack("3i", found)[1])
+    pid, user, _ = struct.unpack("3i", found)
+    return pid, user
 
 
 def send(

@@ -20,7 +20,7 @@ from typing import Any
 from .device_mounts import DeviceMounts
 from .errors import ArgumentError, BlocksnapError, BusyError, PrivilegeError, system_errors
 from .pool import Pool
-from .pool_protocol import VERSION, Message, describe_error, peer_user, receive, send, socket_address
+from .pool_protocol import VERSION, Message, describe_error, peer, receive, send, socket_address
 from .pool_service import VERBS, Answer, PoolService
 
 __all__ = ["PoolServer", "main"]
@@ -124,7 +124,7 @@ class PoolServer:
             connection, _ = self._listener.accept()
         except OSError:  # it has gone away meanwhile
             return
-        user = peer_user(connection)
+        _, user = peer(connection)
         if user in (0, os.geteuid()):
             self._welcome(connection)
             return

@@ -245,6 +245,9 @@ int bs_mount(const char *source, const char *target, const char *type, unsigned 
 int bs_umount(const char *target, int flags);
 /* Write back the file system that holds path. */
 int bs_filesystem_sync(const char *path);
+/* Ask the file system mounted at path for a sign of life: -ETIMEDOUT without one, -ENOTCONN or -ECONNABORTED when
+ * its FUSE server is gone. */
+int bs_filesystem_probe(const char *path, int timeout_ms);
 /* Freeze the file system mounted at path; if that takes longer than timeout_ms it is given up, thawed and
  * -ETIMEDOUT. The end of this process, by whatever signal, thaws it too. */
 int bs_filesystem_freeze(const char *path, int timeout_ms);

@@ -10,11 +10,13 @@
 #include <fcntl.h>
 #include <linux/fs.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mount.h>
 #include <sys/stat.h>
+#include <sys/statfs.h>
 #include <sys/sysmacros.h>
 #include <unistd.h>
 
@@ -125,6 +127,33 @@ int bs_filesystem_sync(const char *path)
 	int r = child_run(sync_child, path);
 
 	return r < 0 ? bs_fail(r, "%s: writing its file system back: %s", path, strerror(-r)) : 0;
+}
+
+static void probe_child(const void *args, int socket)
+{
+	struct statfs st;
+
+	child_reply(socket, statfs(args, &st) < 0 ? -errno : 0, 0);
+}
+
+int bs_filesystem_probe(const char *path, int timeout_ms)
+{
+	struct child_reply answer;
+	struct child child;
+	int r = child_start(probe_child, path, &child);
+
+	if (r < 0)
+		return r;
+	r = child_answer(&child, timeout_ms, &answer);
+	if (r == 0) {
+		kill(child.pid, SIGKILL); /* it goes at once unless the server has its request */
+		child_lose(&child);
+		return bs_fail(
+			-ETIMEDOUT, "%s: its file system did not answer within %d ms", path, timeout_ms);
+	}
+	child_end(&child);
+	r = r == 1 ? answer.error : r;
+	return r < 0 ? bs_fail(r, "%s: asking its file system: %s", path, strerror(-r)) : 0;
 }
 
 /* ---- freezing ---------------------------------------------------- */

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from ..errors import BlocksnapError
 from .console import FAILED, JsonOption, print_json, stderr, stdout
-from .leftovers import Leftover, find_leftovers
+from .leftovers import Leftover, find_leftovers, silent_servers
 
 __all__ = ["doctor"]
 
@@ -104,12 +104,15 @@ def doctor(
     """Show what this machine can run, what is missing for the rest, and how to get it."""
     parts = examine()
     leftovers = find_leftovers()
+    silent = silent_servers()
     failures = remove_all(leftovers) if clean else []
     if json:
-        print_json(as_dict(parts, leftovers, cleaned=clean, failures=failures))
+        print_json(as_dict(parts, leftovers, silent, cleaned=clean, failures=failures))
     else:
         _print_tables(parts)
         _print_leftovers(leftovers, cleaned=clean)
+        for line in silent:
+            stdout.print(f"\n{line}", soft_wrap=True)
     for failure in failures:
         stderr.print(f"blocksnap: {failure}", soft_wrap=True)
     if failures:
@@ -151,7 +154,12 @@ def remove_all(leftovers: Sequence[Leftover]) -> list[str]:
 
 
 def as_dict(
-    parts: Sequence[Part], leftovers: Sequence[Leftover], *, cleaned: bool, failures: Sequence[str]
+    parts: Sequence[Part],
+    leftovers: Sequence[Leftover],
+    silent: Sequence[str] = (),
+    *,
+    cleaned: bool,
+    failures: Sequence[str],
 ) -> dict[str, object]:
     """Return the JSON result."""
     abilities = [
@@ -167,6 +175,7 @@ def as_dict(
         "abilities": abilities,
         "parts": [asdict(part) for part in parts],
         "leftovers": [leftover.description for leftover in leftovers],
+        "silent": list(silent),
         "cleaned": cleaned,
         "failures": list(failures),
     }

@@ -7,17 +7,19 @@ may hold the mount of an export that died.
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from .. import dead_mounts, drivers, mount
+from .. import dead_mounts, drivers, mount, pool_client
 from ..amplification.testbed import DEFAULT_WORK_DIR, PREFIX, clear_below, owner_is_alive
 from ..dm_cookie import own_left_cookies, remove_left_cookies
 from ..drivers.root import DriverRoot
+from ..errors import BlocksnapError
 from ..kernel_leftovers import left_pools, remove_leftovers
 
-__all__ = ["FINDERS", "Leftover", "find_leftovers"]
+__all__ = ["FINDERS", "Leftover", "find_leftovers", "silent_servers"]
 
 _LAYER_PLACES = (("overlay", "merged"), ("unionfs", "merged"), ("aufs", "merged"), ("qcow2", "mounted"))
 _COOKIE_SECONDS = 60.0
@@ -43,6 +45,19 @@ def dead_exports() -> Iterator[Leftover]:
         yield Leftover(
             f"FUSE export without a server at {target}", partial(dead_mounts.end_dead_export, target)
         )
+
+
+def silent_servers() -> list[str]:
+    """Return a line for each living server of an export that does not answer: the process and the mend."""
+    return [_silence(target) for target in dead_mounts.silent_exports()]
+
+
+def _silence(target: str) -> str:
+    server = None
+    with suppress(BlocksnapError, OSError):
+        server = pool_client.server_of(Path(target).parent)
+    who = f"{server}: {server.mend}" if server else "a process: see who has /dev/fuse open"
+    return f"FUSE export at {target} does not answer; its server is {who}"
 
 
 def abandoned_layers() -> Iterator[Leftover]:
@@ -91,9 +106,7 @@ def _work_directories() -> set[Path]:
         for parent in {DEFAULT_WORK_DIR, Path(tempfile.gettempdir())}
         for path in parent.glob(f"{PREFIX}*")
     }
-    places = [entry.target for entry in mount.mount_table()] + [
-        loop.backing_path for loop in mount.loop_devices()
-    ]
+    places = [*(entry.target for entry in mount.mount_table()), *mount.loop_files().values()]
     for place in map(Path, places):
         found |= {path for path in (place, *place.parents) if path.name.startswith(PREFIX)}
     return {path for path in found if path.is_dir()}

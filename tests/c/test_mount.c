@@ -238,6 +238,8 @@ static void test_frozen_file_system_takes_writes_only_after_the_thaw(void)
 	CHECK(can_write(mnt));
 	CHECK_EQ(bs_filesystem_thaw(mnt), -EINVAL);
 	CHECK_EQ(bs_filesystem_sync(mnt), 0);
+	CHECK_EQ(bs_filesystem_probe(mnt, 60000), 0);
+	CHECK_EQ(bs_filesystem_probe(in_directory("none"), 60000), -ENOENT);
 	unmount_ext4(number);
 }
 

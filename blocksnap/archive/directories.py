@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..errors import UnsafeLayerError
 from .confined import Identity, Root, descriptor_path, identity, named, open_entry
@@ -116,7 +117,31 @@ class Directories:
             if self._unusable(status):
                 final.mode = stat.S_IMODE(status.st_mode)
                 os.chmod(descriptor_path(descriptor), final.mode | 0o700)
+            self._remember_above(descriptor, where)
         return Parent(descriptor, where, parts)
+
+    def _remember_above(self, descriptor: int, where: Identity) -> None:
+        """Remember every directory above one, however it was reached.
+
+        fuse-overlayfs changes the times of all of them when it copies up what is in the lowest.
+        """
+        root = identity(os.fstat(self._root.descriptor))
+        above = os.dup(descriptor)
+        try:
+            while where != root:
+                below, above = above, os.open("..", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=above)
+                os.close(below)
+                status = os.fstat(above)
+                where = identity(status)
+                if where in self._final:
+                    break
+                self.remember(self._parts_of(above), where, status)
+        finally:
+            os.close(above)
+
+    def _parts_of(self, descriptor: int) -> Parts:
+        places = [Path(os.readlink(descriptor_path(each))) for each in (self._root.descriptor, descriptor)]
+        return places[1].relative_to(places[0]).parts
 
     def _unusable(self, status: os.stat_result) -> bool:
         return not self._privileged and status.st_mode & 0o700 != 0o700

@@ -3,6 +3,9 @@
 import errno
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,15 +79,27 @@ def test_size_below_that_of_the_parent_is_refused(driver: ThinDriver) -> None:
     assert driver.layers() == []
 
 
+def kill_while_it_grows(root: Path, id: str) -> None:
+    program = f"""import os, pathlib
+from blocksnap.drivers.thin import ThinDriver
+ThinDriver._grow_file_system = lambda *_: os.kill(os.getpid(), {int(signal.SIGKILL)})
+with ThinDriver(pathlib.Path({str(root)!r})) as driver:
+    driver.create_read_write({id!r}, "base", storage_opt={{"size": "1G"}})
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=False)
+    assert done.returncode == -signal.SIGKILL
+
+
 def test_device_that_a_killed_process_did_not_finish_is_no_layer_and_in_nobodys_way(
     driver: ThinDriver,
 ) -> None:
     driver.create("base")
-    pool = pool_client.serve(driver.root / "pool")
     for id in ("limited", "plain"):
-        pool.device("base").snapshot(id)
-    pool.close()
+        kill_while_it_grows(driver.root, id)
     assert driver.layers() == ["base"]
+    pool = pool_client.serve(driver.root / "pool")
+    assert {"limited", "plain"} <= {device.name for device in pool.devices()}
+    pool.close()
     driver.create_read_write("limited", "base", storage_opt={"size": "1G"})
     driver.create_read_write("plain", "base")
     assert driver.layers() == ["base", "limited", "plain"]

@@ -40,6 +40,7 @@ _BASE = ".base"  # no layer id begins with a dot
 _KINDS = " or ".join(FILE_SYSTEMS)
 _PARENT = "parent"
 _FILE_SYSTEM = "filesystem"
+_UNFINISHED = "unfinished"  # no layer yet: on its way to the size it is limited to
 _POOL_SIZE = "10G"
 _BLOCK_SIZE = "64K"
 
@@ -245,8 +246,18 @@ class ThinDriver(Driver):
         try:
             device.snapshot(id, labels=labels)
         except DeviceExistsError:
-            self._pool().device(id).delete()  # no layer: left by a killed _create_limited
+            if not self._delete_unfinished(id):
+                raise
             device.snapshot(id, labels=labels)
+
+    def _delete_unfinished(self, id: str) -> bool:
+        """Delete what a killed _create_limited left; a device that is nobody's layer may be a user's."""
+        with suppress(DeviceNotFoundError):
+            device = self._pool().device(id)
+            if _UNFINISHED in device.labels:
+                device.delete()
+                return True
+        return False
 
     def _create_limited(self, id: str, parent: str | None, *, writable: bool, size: int) -> None:  # noqa: ARG002
         """Make a device, grow it and the file system on it; only then does its label make it a layer."""
@@ -257,9 +268,8 @@ class ThinDriver(Driver):
             raise ArgumentError(
                 f'layer "{id}" begins with {least} bytes and cannot be limited to {size}: take more'
             )
-        with suppress(DeviceNotFoundError):
-            self._pool().device(id).delete()
-        device = self._pool().device(parent or _BASE).snapshot(id)
+        self._delete_unfinished(id)
+        device = self._pool().device(parent or _BASE).snapshot(id, labels={_UNFINISHED: ""})
         try:
             device.resize(size)
             self._grow_file_system(device)

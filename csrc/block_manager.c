@@ -281,7 +281,7 @@ static int write_runs(struct block_manager *bm, struct bm_block **blocks, uint64
 	return 0;
 }
 
-int bm_write_dirty(struct block_manager *bm, uint64_t *ret_bytes)
+int bm_write_dirty(struct block_manager *bm)
 {
 	uint64_t n = bm->nr_dirty;
 	struct bm_block **blocks = collect_dirty(bm);
@@ -297,7 +297,6 @@ int bm_write_dirty(struct block_manager *bm, uint64_t *ret_bytes)
 	if (r < 0)
 		return r;
 	bm->nr_dirty = 0;
-	*ret_bytes = n * METADATA_BLOCK_SIZE;
 	return 0;
 }
 

@@ -50,7 +50,7 @@ int bm_new(
 void bm_forget(struct block_manager *bm, uint64_t nr);
 /* Seal and write every dirty block, neighbours in one call. They stay cached, clean, only if all were
  * written. */
-int bm_write_dirty(struct block_manager *bm, uint64_t *ret_bytes);
+int bm_write_dirty(struct block_manager *bm);
 void bm_trim(struct block_manager *bm);
 void bm_reset(struct block_manager *bm);
 

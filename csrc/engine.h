@@ -28,7 +28,7 @@
 #define RMW_LOCKS 64
 
 struct pool_counters {
-	_Atomic uint64_t application, application_read, zero_filled, copied, read_for_copy, metadata, padding,
+	_Atomic uint64_t application, application_read, zero_filled, copied, read_for_copy, padding,
 		discarded;
 	_Atomic uint64_t provisioned, blocks_copied, overwritten, commits, flushes;
 };

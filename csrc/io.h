@@ -8,6 +8,7 @@
 #ifndef BS_IO_H
 #define BS_IO_H
 
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -30,6 +31,7 @@ struct io {
 	/* Offsets, lengths and addresses must be multiples of it; 1 without direct I/O. */
 	uint32_t alignment;
 	const char *name;
+	_Atomic uint64_t written_bytes; /* by all writes that succeeded */
 };
 
 #define IO_READ_ONLY 1u
@@ -53,7 +55,11 @@ static inline int io_readv(struct io *io, uint64_t offset, const struct iovec *i
 
 static inline int io_writev(struct io *io, uint64_t offset, const struct iovec *iov, int count)
 {
-	return io->ops->writev(io, offset, iov, count);
+	int r = io->ops->writev(io, offset, iov, count);
+
+	for (int i = 0; r == 0 && i < count; i++)
+		atomic_fetch_add_explicit(&io->written_bytes, iov[i].iov_len, memory_order_relaxed);
+	return r;
 }
 
 static inline int io_read(struct io *io, uint64_t offset, void *buffer, size_t length)
@@ -67,7 +73,7 @@ static inline int io_write(struct io *io, uint64_t offset, const void *buffer, s
 {
 	struct iovec iov = {(void *)buffer, length};
 
-	return io->ops->writev(io, offset, &iov, 1);
+	return io_writev(io, offset, &iov, 1);
 }
 
 static inline int io_flush(struct io *io)

@@ -99,7 +99,7 @@ static void pass_down(struct bs_pool *pool, const uint64_t *blocks, uint64_t nr)
 int commit_locked(struct bs_pool *pool)
 {
 	struct thin_metadata_status status;
-	uint64_t *freed = NULL, nr_freed = 0, written = 0;
+	uint64_t *freed = NULL, nr_freed = 0;
 
 	/* What was lost must not look flushed to who asks again. */
 	if (pool->broken)
@@ -118,11 +118,10 @@ int commit_locked(struct bs_pool *pool)
 	if (r == 0 && BS_BUG(FREED_SPACE_PUNCHED_EARLY))
 		pass_down(pool, freed, nr_freed);
 	if (r == 0)
-		r = thin_metadata_commit(pool->md, &written);
+		r = thin_metadata_commit(pool->md);
 	if (r == 0) {
 		pthread_cond_broadcast(&pool->space_came);
 		pass_down(pool, freed, nr_freed);
-		atomic_fetch_add(&pool->counters.metadata, written);
 		atomic_fetch_add(&pool->counters.commits, 1);
 	}
 	free(freed);

@@ -237,7 +237,6 @@ int thin_metadata_open(struct io *io, struct thin_metadata **ret)
 
 static int format(struct thin_metadata *md, uint64_t nr_blocks, uint64_t nr_data_blocks)
 {
-	uint64_t written;
 	int r = sm_metadata_create(&md->metadata_sm, &md->tm, nr_blocks);
 
 	if (r == 0)
@@ -247,7 +246,7 @@ static int format(struct thin_metadata *md, uint64_t nr_blocks, uint64_t nr_data
 	if (r == 0)
 		r = btree_create(&md->details, &md->details_root);
 	md->changed = true;
-	return r < 0 ? r : thin_metadata_commit(md, &written);
+	return r < 0 ? r : thin_metadata_commit(md);
 }
 
 int thin_metadata_format(struct io *io, uint32_t data_block_sectors, uint64_t nr_data_blocks)
@@ -347,9 +346,8 @@ static void settle_devices(struct thin_metadata *md)
 	}
 }
 
-int thin_metadata_commit(struct thin_metadata *md, uint64_t *ret_bytes)
+int thin_metadata_commit(struct thin_metadata *md)
 {
-	*ret_bytes = 0;
 	if (md->failed)
 		return bs_fail(-EIO, "the pool failed earlier: close it and run pool check");
 	if (!md->changed)
@@ -366,7 +364,7 @@ int thin_metadata_commit(struct thin_metadata *md, uint64_t *ret_bytes)
 		r = write_superblock(md);
 	}
 	if (r == 0)
-		r = bm_write_dirty(md->bm, ret_bytes);
+		r = bm_write_dirty(md->bm);
 	if (r == 0 && !BS_BUG(METADATA_NOT_FLUSHED))
 		r = io_flush(md->io);
 	if (r < 0 && !BS_BUG(FAILED_FLUSH_PASSED_OVER))
@@ -375,7 +373,6 @@ int thin_metadata_commit(struct thin_metadata *md, uint64_t *ret_bytes)
 	r = write_superblock(md);
 	if (r < 0)
 		return r;
-	*ret_bytes += sizeof(md->superblock);
 	ll_committed(&md->data_sm.ll);
 	ll_committed(&md->metadata_sm.ll);
 	settle_devices(md);
@@ -452,12 +449,11 @@ int thin_metadata_extend(struct thin_metadata *md, uint64_t nr_metadata_blocks, 
 int thin_hold_snapshot(struct thin_metadata *md)
 {
 	struct bm_block *copy;
-	uint64_t written;
 
 	if (md->held_root)
 		return bs_fail(
 			-EBUSY, "a metadata snapshot is held already, at block %" PRIu64, md->held_root);
-	int r = thin_metadata_commit(md, &written);
+	int r = thin_metadata_commit(md);
 	if (r == 0)
 		r = tm_new(&md->tm, &superblock_validator, &copy);
 	if (r == 0)
@@ -472,7 +468,7 @@ int thin_hold_snapshot(struct thin_metadata *md)
 	memset(&sb->metadata_sm_root, 0, sizeof(sb->metadata_sm_root));
 	md->held_root = copy->nr;
 	md->changed = true;
-	return thin_metadata_commit(md, &written);
+	return thin_metadata_commit(md);
 }
 
 int thin_release_snapshot(struct thin_metadata *md)

@@ -53,8 +53,7 @@ void thin_metadata_status(const struct thin_metadata *md, struct thin_metadata_s
 /* -ENOSPC when the metadata device has no room for one more change and its commit. A reserve is kept for
  * changes that only give space back (releasing). */
 int thin_metadata_room(struct thin_metadata *md, bool releasing);
-/* ret: bytes written. */
-int thin_metadata_commit(struct thin_metadata *md, uint64_t *ret_bytes);
+int thin_metadata_commit(struct thin_metadata *md);
 /* Back to the committed state, needs_check set there. Devices stay valid, those that are not there any more
  * are gone. */
 int thin_metadata_abort(struct thin_metadata *md);

@@ -317,7 +317,7 @@ int bs_pool_counters(struct bs_pool *pool, struct bs_pool_counters *ret)
 		.zero_filled_bytes = atomic_load(&c->zero_filled),
 		.copied_bytes = atomic_load(&c->copied),
 		.read_for_copy_bytes = atomic_load(&c->read_for_copy),
-		.metadata_bytes = atomic_load(&c->metadata),
+		.metadata_bytes = atomic_load(&pool->metadata_io->written_bytes),
 		.padding_bytes = atomic_load(&c->padding),
 		.discarded_bytes = atomic_load(&c->discarded),
 		.blocks_provisioned = atomic_load(&c->provisioned),

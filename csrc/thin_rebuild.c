@@ -22,12 +22,10 @@ int thin_rebuild_begin(struct io *io, const struct pool_facts *facts, struct thi
 /* A node was made: nothing refers to it yet, and the superblock need not for a commit. */
 static int node_made(struct thin_metadata *md)
 {
-	uint64_t written;
-
 	md->changed = true;
 	if (++md->nodes_rebuilt % NODES_A_COMMIT)
 		return 0;
-	return thin_metadata_commit(md, &written);
+	return thin_metadata_commit(md);
 }
 
 int thin_rebuild_leaf(
@@ -81,9 +79,7 @@ int thin_rebuild_device(
 
 int thin_rebuild_end(struct thin_metadata *md)
 {
-	uint64_t written;
-
 	md->flags = 0;
 	md->changed = true;
-	return thin_metadata_commit(md, &written);
+	return thin_metadata_commit(md);
 }

@@ -116,7 +116,7 @@ static void only_child_that_is_shared_takes_the_place_of_its_root(void)
 {
 	struct io *io = new_metadata();
 	struct thin_metadata *md = begin(io);
-	uint64_t key = 0, leaf = new_leaf(md, 0, 150), root, written;
+	uint64_t key = 0, leaf = new_leaf(md, 0, 150), root;
 
 	CHECK_EQ(thin_rebuild_internal(md, &key, &leaf, 1, &root), 0);
 	CHECK_EQ(thin_rebuild_share(md, root), 0);
@@ -126,7 +126,7 @@ static void only_child_that_is_shared_takes_the_place_of_its_root(void)
 	expect_sound(io);
 	CHECK_EQ(thin_metadata_open(io, &md), 0);
 	remove_mapping(md, 1, 70);
-	CHECK_EQ(thin_metadata_commit(md, &written), 0);
+	CHECK_EQ(thin_metadata_commit(md), 0);
 	thin_metadata_close(md);
 	expect_sound(io);
 	io_close(io);
@@ -161,12 +161,11 @@ static void grow_to(uint64_t metadata_blocks, uint64_t data_blocks)
 	struct io *io = new_metadata();
 	struct thin_metadata *md;
 	struct thin_metadata_status status;
-	uint64_t written;
 
 	CHECK_EQ(thin_metadata_format(io, 128, 100), 0);
 	CHECK_EQ(thin_metadata_open(io, &md), 0);
 	CHECK_EQ(thin_metadata_extend(md, metadata_blocks, data_blocks), 0);
-	CHECK_EQ(thin_metadata_commit(md, &written), 0);
+	CHECK_EQ(thin_metadata_commit(md), 0);
 	thin_metadata_close(md);
 	expect_sound(io);
 	CHECK_EQ(thin_metadata_open(io, &md), 0);

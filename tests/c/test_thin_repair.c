@@ -225,9 +225,7 @@ static void write_blocks(struct thin_metadata *md, uint32_t id, uint64_t begin, 
 
 static void commit(struct thin_metadata *md)
 {
-	uint64_t written;
-
-	CHECK_EQ(thin_metadata_commit(md, &written), 0);
+	CHECK_EQ(thin_metadata_commit(md), 0);
 }
 
 /* Snapshots, writes and deletions over many commits: older trees lie everywhere. */

@@ -17,16 +17,14 @@ from blocksnap.archive import Change
 from blocksnap.drivers import Driver
 from blocksnap.graph import ImageGraph
 from blocksnap.graph_names import find_image
-from tests.driver_params import driver_params, host_drivers
+from tests.driver_params import driver_params, driver_root, host_drivers
 from tests.trees import compare_trees
 
 
 @pytest.fixture(params=driver_params(without=["dm-snapshot"]))
 def driver(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Driver]:
     """Any driver; most questions about the graph itself are put to vfs alone."""
-    if reason := dict(drivers.available(tmp_path))[request.param]:
-        pytest.skip(f"{request.param}: {reason}")
-    with drivers.open(request.param, tmp_path / "root") as opened:
+    with driver_root(tmp_path, request.param) as root, drivers.open(request.param, root) as opened:
         yield opened
         opened.cleanup()
 

@@ -11,7 +11,7 @@ import pytest
 
 from blocksnap import drivers
 from blocksnap.graph import ImageGraph
-from tests.driver_params import host_drivers
+from tests.driver_params import driver_root, host_drivers
 from tests.trees import compare_trees
 
 missing_tools = [tool for tool in ("umoci", "skopeo") if shutil.which(tool) is None]
@@ -93,9 +93,11 @@ def layout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=host_drivers())  # umoci takes minutes in a guest
 def graph(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ImageGraph]:
-    if reason := dict(drivers.available(tmp_path))[request.param]:
-        pytest.skip(f"{request.param}: {reason}")
-    with drivers.open(request.param, tmp_path / "root") as driver, ImageGraph(driver) as graph:
+    with (
+        driver_root(tmp_path, request.param) as root,
+        drivers.open(request.param, root) as driver,
+        ImageGraph(driver) as graph,
+    ):
         yield graph
         driver.cleanup()
 

@@ -15,17 +15,8 @@ from ..remote_device import RemoteDevice
 from ..thin_device import ThinDevice
 from ..units import format_size
 from .console import JsonOption, parse_size_option, print_json, stdout
-from .pools import (
-    CatalogOption,
-    DataOption,
-    EngineOption,
-    MetadataOption,
-    NameArgument,
-    PathArgument,
-    locate,
-    open_pool,
-    serve_pool,
-)
+from .pool_verbs import pool_verb
+from .pools import Location, open_pool, serve_pool
 
 __all__ = ["app"]
 
@@ -54,57 +45,27 @@ def _described(device: ThinDevice | RemoteDevice) -> dict[str, object]:
     }
 
 
-@app.command()
-def create(
-    size: SizeOption,
-    path: PathArgument = None,
-    name: NameArgument = None,
-    metadata: MetadataOption = None,
-    data: DataOption = None,
-    catalog: CatalogOption = None,
-    engine: EngineOption = None,
-    as_json: JsonOption = False,
-) -> None:
+@pool_verb(app, "NAME")
+def create(location: Location, device_name: str, size: SizeOption, as_json: JsonOption = False) -> None:
     """Create a thin device; it reads as zeros and takes no space yet."""
-    location, (device_name,) = locate([path, name], ["NAME"], metadata, data, catalog, engine)
     with open_pool(location) as pool:
         described = _described(pool.create_device(device_name, size))
     if as_json:
         print_json(described)
 
 
-@app.command()
-def snapshot(
-    path: PathArgument = None,
-    name: NameArgument = None,
-    new: Annotated[str | None, typer.Argument(metavar="NEW", show_default=False)] = None,
-    metadata: MetadataOption = None,
-    data: DataOption = None,
-    catalog: CatalogOption = None,
-    engine: EngineOption = None,
-    as_json: JsonOption = False,
-) -> None:
+@pool_verb(app, "NAME", "NEW")
+def snapshot(location: Location, device_name: str, new_name: str, as_json: JsonOption = False) -> None:
     """Create a thin device NEW that shares every block with NAME."""
-    location, (device_name, new_name) = locate(
-        [path, name, new], ["NAME", "NEW"], metadata, data, catalog, engine
-    )
     with open_pool(location) as pool:
         described = _described(pool.device(device_name).snapshot(new_name))
     if as_json:
         print_json(described)
 
 
-@app.command(name="list")
-def list_devices(
-    path: PathArgument = None,
-    metadata: MetadataOption = None,
-    data: DataOption = None,
-    catalog: CatalogOption = None,
-    engine: EngineOption = None,
-    as_json: JsonOption = False,
-) -> None:
+@pool_verb(app, command="list")
+def list_devices(location: Location, as_json: JsonOption = False) -> None:
     """List the thin devices by name."""
-    location, _ = locate([path], [], metadata, data, catalog, engine)
     with open_pool(location, read_only=True) as pool:
         described = [_described(device) for device in pool.devices()]
     if as_json:
@@ -117,41 +78,24 @@ def list_devices(
     stdout.print(table)
 
 
-@app.command()
-def remove(
-    path: PathArgument = None,
-    name: NameArgument = None,
-    metadata: MetadataOption = None,
-    data: DataOption = None,
-    catalog: CatalogOption = None,
-    engine: EngineOption = None,
-) -> None:
+@pool_verb(app, "NAME")
+def remove(location: Location, device_name: str) -> None:
     """Delete a thin device; snapshots of it live on."""
-    location, (device_name,) = locate([path, name], ["NAME"], metadata, data, catalog, engine)
     with open_pool(location) as pool:
         pool.device(device_name).delete()
 
 
-@app.command()
-def resize(
-    size: SizeOption,
-    path: PathArgument = None,
-    name: NameArgument = None,
-    metadata: MetadataOption = None,
-    data: DataOption = None,
-    catalog: CatalogOption = None,
-    engine: EngineOption = None,
-) -> None:
+@pool_verb(app, "NAME")
+def resize(location: Location, device_name: str, size: SizeOption) -> None:
     """Change the size of a thin device; shrinking frees what lies behind the new end."""
-    location, (device_name,) = locate([path, name], ["NAME"], metadata, data, catalog, engine)
     with open_pool(location) as pool:
         pool.device(device_name).resize(size)
 
 
-@app.command()
+@pool_verb(app, "NAME")
 def read(
-    path: PathArgument = None,
-    name: NameArgument = None,
+    location: Location,
+    device_name: str,
     output: Annotated[
         Path | None, typer.Option("--output", metavar="FILE", help="Write to FILE instead of stdout.")
     ] = None,
@@ -162,13 +106,8 @@ def read(
             "--length", metavar="BYTES", parser=parse_size_option, help="How much; else to the end."
         ),
     ] = None,
-    metadata: MetadataOption = None,
-    data: DataOption = None,
-    catalog: CatalogOption = None,
-    engine: EngineOption = None,
 ) -> None:
     """Copy the content of a thin device to stdout or a file."""
-    location, (device_name,) = locate([path, name], ["NAME"], metadata, data, catalog, engine)
     with open_pool(location, read_only=True) as pool, system_errors(str(output or "stdout")):
         device = pool.device(device_name)
         end = device.size if length is None else offset + length
@@ -186,21 +125,16 @@ def _write_all(target: BinaryIO, part: memoryview) -> None:
         part = part[target.write(part) :]
 
 
-@app.command()
+@pool_verb(app, "NAME")
 def write(
-    path: PathArgument = None,
-    name: NameArgument = None,
+    location: Location,
+    device_name: str,
     source: Annotated[
         Path | None, typer.Option("--input", metavar="FILE", help="Read from FILE instead of stdin.")
     ] = None,
     offset: OffsetOption = "0",  # type: ignore[assignment]
-    metadata: MetadataOption = None,
-    data: DataOption = None,
-    catalog: CatalogOption = None,
-    engine: EngineOption = None,
 ) -> None:
     """Copy stdin or a file into a thin device; done means durable."""
-    location, (device_name,) = locate([path, name], ["NAME"], metadata, data, catalog, engine)
     with open_pool(location) as pool, system_errors(str(source or "stdin")):
         device = pool.device(device_name)
         with source.open("rb") if source is not None else nullcontext(sys.stdin.buffer) as origin:
@@ -209,13 +143,11 @@ def write(
         device.flush()
 
 
-@app.command()
+@pool_verb(app, "NAME", "DIR")
 def mount(
-    path: PathArgument = None,
-    name: NameArgument = None,
-    target: Annotated[
-        str | None, typer.Argument(metavar="DIR", help="Where to mount it.", show_default=False)
-    ] = None,
+    location: Location,
+    device_name: str,
+    directory: str,
     read_only: Annotated[bool, typer.Option("--read-only", help="Mount it read-only.")] = False,
     options: Annotated[
         str, typer.Option("--options", metavar="OPTIONS", help="Options for the file system.")
@@ -228,16 +160,9 @@ def mount(
             help=f"Make a file system first ({' or '.join(FILE_SYSTEMS)}); what is on the device is lost.",
         ),
     ] = None,
-    metadata: MetadataOption = None,
-    data: DataOption = None,
-    catalog: CatalogOption = None,
-    engine: EngineOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Mount the file system on a thin device; the pool is served by a process of its own until `umount`."""
-    location, (device_name, directory) = locate(
-        [path, name, target], ["NAME", "DIR"], metadata, data, catalog, engine
-    )
     with serve_pool(location) as pool:
         if mkfs is not None:
             pool.make_file_system(device_name, mkfs)
@@ -246,16 +171,8 @@ def mount(
         print_json(mounted)
 
 
-@app.command()
-def umount(
-    path: PathArgument = None,
-    name: NameArgument = None,
-    metadata: MetadataOption = None,
-    data: DataOption = None,
-    catalog: CatalogOption = None,
-    engine: EngineOption = None,
-) -> None:
+@pool_verb(app, "NAME")
+def umount(location: Location, device_name: str) -> None:
     """Unmount a thin device; done means that everything is written."""
-    location, (device_name,) = locate([path, name], ["NAME"], metadata, data, catalog, engine)
     with serve_pool(location) as pool:
         pool.umount(device_name)

@@ -19,18 +19,8 @@ from ..pool_report import PoolStatus
 from ..units import format_size
 from ..user_pool import UserPool
 from .console import DAMAGE_FOUND, JsonOption, parse_size_option, print_json, stdout
-from .pools import (
-    CatalogOption,
-    DataOption,
-    EngineOption,
-    MetadataOption,
-    PathArgument,
-    locate,
-    open_image,
-    open_pool,
-    progress_bar,
-    refuse_served,
-)
+from .pool_verbs import pool_verb
+from .pools import Location, open_image, open_pool, progress_bar, refuse_served
 
 __all__ = ["app"]
 
@@ -50,36 +40,31 @@ PreallocateOption = Annotated[
 ]
 
 
-@app.command()
+@pool_verb(app)
 def create(
-    path: PathArgument = None,
+    location: Location,
     size: SizeOption = None,
     block_size: Annotated[
         int, typer.Option("--block-size", metavar="SIZE", parser=parse_size_option, help="4K to 1G.")
     ] = "64K",  # type: ignore[assignment]
     metadata_size: MetadataSizeOption = None,
     preallocate: PreallocateOption = False,
-    metadata: MetadataOption = None,
-    data: DataOption = None,
-    catalog: CatalogOption = None,
-    engine: EngineOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make a pool in a new directory, or on two devices."""
-    location, _ = locate([path], [], metadata, data, catalog, engine)
     with (
         progress_bar("preallocating") if preallocate else nullcontext() as progress,
         Pool.create(
             location.path,
-            engine=engine or DEFAULT_ENGINE,
+            engine=location.engine or DEFAULT_ENGINE,
             size=size,
             block_size=block_size,
             metadata_size=metadata_size,
             preallocate=preallocate,
             progress=progress,
-            metadata=metadata,
-            data=data,
-            catalog=catalog,
+            metadata=location.metadata,
+            data=location.data,
+            catalog=location.catalog,
         ) as pool,
     ):
         status = pool.status()
@@ -87,17 +72,9 @@ def create(
         print_json(status)
 
 
-@app.command()
-def status(
-    path: PathArgument = None,
-    metadata: MetadataOption = None,
-    data: DataOption = None,
-    catalog: CatalogOption = None,
-    engine: EngineOption = None,
-    as_json: JsonOption = False,
-) -> None:
+@pool_verb(app)
+def status(location: Location, as_json: JsonOption = False) -> None:
     """Show sizes, space and state."""
-    location, _ = locate([path], [], metadata, data, catalog, engine)
     with open_pool(location, read_only=True) as pool:
         found = pool.status()
         server = _server(pool)
@@ -147,19 +124,15 @@ def _state(found: PoolStatus) -> str:
     return ", ".join(word for word, present in words.items() if present) or "fine"
 
 
-@app.command()
+@pool_verb(app, engine=False)
 def check(
-    path: PathArgument = None,
-    metadata: MetadataOption = None,
-    data: DataOption = None,
-    catalog: CatalogOption = None,
+    location: Location,
     clear_needs_check: Annotated[
         bool, typer.Option("--clear-needs-check", help="Let the pool be written to again if it is undamaged.")
     ] = False,
     as_json: JsonOption = False,
 ) -> int:
     """Check all metadata; print each finding; exit 3 on damage."""
-    location, _ = locate([path], [], metadata, data, catalog)
     with open_image(location) as image:
         report = image.check()
     if clear_needs_check and not report.damaged:
@@ -174,9 +147,9 @@ def check(
     return DAMAGE_FOUND if report.damaged else 0
 
 
-@app.command()
+@pool_verb(app, engine=False)
 def repair(
-    path: PathArgument = None,
+    location: Location,
     swap: Annotated[
         bool, typer.Option("--swap", help="Put the new metadata in the place of the old, which are kept.")
     ] = False,
@@ -190,20 +163,16 @@ def repair(
             "--block-size", metavar="SIZE", parser=parse_size_option, help="Needed if the superblock is lost."
         ),
     ] = None,
-    metadata: MetadataOption = None,
-    data: DataOption = None,
-    catalog: CatalogOption = None,
     as_json: JsonOption = False,
 ) -> int:
     """Build new metadata from what can be read of damaged ones; exit 3 if something is lost."""
-    location, _ = locate([path], [], metadata, data, catalog)
     if location.path is not None:
         refuse_served(location)
     found = pool_repair.repair(
         location.path,
-        metadata=metadata,
-        data=data,
-        catalog=catalog,
+        metadata=location.metadata,
+        data=location.data,
+        catalog=location.catalog,
         output=output,
         swap=swap,
         block_size=block_size,
@@ -232,17 +201,9 @@ def _print_repair(found: pool_repair.PoolRepair) -> None:
     typer.echo(f"damaged metadata: {found.damaged}")
 
 
-@app.command()
-def scrub(
-    path: PathArgument = None,
-    metadata: MetadataOption = None,
-    data: DataOption = None,
-    catalog: CatalogOption = None,
-    engine: EngineOption = None,
-    as_json: JsonOption = False,
-) -> int:
+@pool_verb(app)
+def scrub(location: Location, as_json: JsonOption = False) -> int:
     """Read all mapped data; tell what cannot be read by thin device and offset; exit 3 if anything."""
-    location, _ = locate([path], [], metadata, data, catalog, engine)
     with progress_bar("reading") as progress:
         found = pool_scrub.scrub(lambda: open_pool(location, read_only=True), location.files.data, progress)
     if as_json:
@@ -263,35 +224,17 @@ def _print_scrub(found: pool_scrub.Scrub) -> None:
     typer.echo(f"{format_size(found.read_bytes)} read: {damage}")
 
 
-@app.command()
-def dump(
-    path: PathArgument = None,
-    metadata: MetadataOption = None,
-    data: DataOption = None,
-    catalog: CatalogOption = None,
-) -> None:
+@pool_verb(app, engine=False)
+def dump(location: Location) -> None:
     """Print the metadata as thin_dump does."""
-    location, _ = locate([path], [], metadata, data, catalog)
     sys.stdout.flush()
     with open_image(location) as image:
         image.dump(sys.stdout.fileno())
 
 
-@app.command()
-def delta(
-    path: PathArgument = None,
-    name1: Annotated[str | None, typer.Argument(metavar="NAME1", show_default=False)] = None,
-    name2: Annotated[str | None, typer.Argument(metavar="NAME2", show_default=False)] = None,
-    metadata: MetadataOption = None,
-    data: DataOption = None,
-    catalog: CatalogOption = None,
-    engine: EngineOption = None,
-    as_json: JsonOption = False,
-) -> None:
+@pool_verb(app, "NAME1", "NAME2")
+def delta(location: Location, left: str, right: str, as_json: JsonOption = False) -> None:
     """Print where two thin devices differ, as thin_delta does; as JSON without what is the same."""
-    location, (left, right) = locate(
-        [path, name1, name2], ["NAME1", "NAME2"], metadata, data, catalog, engine
-    )
     with open_pool(location, read_only=True) as pool:
         if not as_json:
             sys.stdout.flush()
@@ -305,20 +248,15 @@ def delta(
     print_json({"left": left, "right": right, "block_size": block_size, "ranges": ranges})
 
 
-@app.command()
+@pool_verb(app)
 def rmap(
-    path: PathArgument = None,
+    location: Location,
     region: Annotated[
         str, typer.Option("--region", metavar="A..B", help="Only the data blocks from A to before B.")
     ] = "0..",
-    metadata: MetadataOption = None,
-    data: DataOption = None,
-    catalog: CatalogOption = None,
-    engine: EngineOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Print which thin devices use the data blocks, as thin_rmap does."""
-    location, _ = locate([path], [], metadata, data, catalog, engine)
     match = re.fullmatch(r"(\d+)\.\.(\d*)", region)
     if match is None:
         raise typer.BadParameter(f'"{region}" is no region: give it like 10..20')
@@ -334,17 +272,9 @@ def rmap(
         typer.echo(f"data {data_begin}..{data_begin + length} -> {thin}")
 
 
-@app.command()
-def usage(
-    path: PathArgument = None,
-    metadata: MetadataOption = None,
-    data: DataOption = None,
-    catalog: CatalogOption = None,
-    engine: EngineOption = None,
-    as_json: JsonOption = False,
-) -> None:
+@pool_verb(app)
+def usage(location: Location, as_json: JsonOption = False) -> None:
     """Show the mapped, exclusive and shared bytes of each thin device."""
-    location, _ = locate([path], [], metadata, data, catalog, engine)
     with open_pool(location, read_only=True) as pool:
         found = pool.usage()
     if as_json:
@@ -359,20 +289,15 @@ def usage(
     stdout.print(table)
 
 
-@app.command()
+@pool_verb(app)
 def extend(
-    path: PathArgument = None,
+    location: Location,
     size: SizeOption = None,
     metadata_size: MetadataSizeOption = None,
     preallocate: PreallocateOption = False,
-    metadata: MetadataOption = None,
-    data: DataOption = None,
-    catalog: CatalogOption = None,
-    engine: EngineOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Grow a pool; on two devices, to the sizes that they have now."""
-    location, _ = locate([path], [], metadata, data, catalog, engine)
     if location.path is not None and size is None and metadata_size is None:
         raise typer.BadParameter("give --size, --metadata-size or both")
     with (
@@ -385,17 +310,9 @@ def extend(
         print_json(found)
 
 
-@app.command()
-def adopt(
-    path: PathArgument = None,
-    metadata: MetadataOption = None,
-    data: DataOption = None,
-    catalog: CatalogOption = None,
-    engine: EngineOption = None,
-    as_json: JsonOption = False,
-) -> None:
+@pool_verb(app)
+def adopt(location: Location, as_json: JsonOption = False) -> None:
     """Take over a pool that its catalog does not describe: devices without a name are called thin-<id>."""
-    location, _ = locate([path], [], metadata, data, catalog, engine)
     with open_pool(location, adopt=True) as pool:
         names = [device.name for device in pool.devices()]
     if as_json:

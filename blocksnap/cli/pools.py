@@ -1,17 +1,15 @@
 """Where a pool given on the command line lies, and how a verb gets at it: the one place that opens pools."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .. import pool_client, pool_files
-from ..engines import DEFAULT_ENGINE, ENGINES
+from ..engines import DEFAULT_ENGINE
 from ..errors import ArgumentError, BusyError
 from ..pool import Pool
 from ..pool_client import PoolClient
@@ -19,14 +17,7 @@ from ..pool_image import PoolImage
 from .console import stderr
 
 __all__ = [
-    "CatalogOption",
-    "DataOption",
-    "EngineOption",
     "Location",
-    "MetadataOption",
-    "NameArgument",
-    "PathArgument",
-    "locate",
     "open_image",
     "open_pool",
     "progress_bar",
@@ -35,41 +26,6 @@ __all__ = [
 ]
 
 _TURN_SECONDS = 1.0
-
-PathArgument = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="PATH", help="Directory of the pool; left out with --metadata and --data.", show_default=False
-    ),
-]
-NameArgument = Annotated[
-    str | None, typer.Argument(metavar="NAME", help="Name of the thin device.", show_default=False)
-]
-MetadataOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--metadata", metavar="DEV", help="Metadata device of a pool on two devices, instead of PATH."
-    ),
-]
-DataOption = Annotated[
-    Path | None,
-    typer.Option("--data", metavar="DEV", help="Data device of a pool on two devices, instead of PATH."),
-]
-CatalogOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--catalog", metavar="FILE", help="Catalog of a pool on two devices, if not in its usual place."
-    ),
-]
-EngineOption = Annotated[
-    str | None,
-    typer.Option(
-        "--engine",
-        metavar="ENGINE",
-        help=f"What runs the pool, {' or '.join(ENGINES)}; by default who serves it, else user.",
-        show_default=False,
-    ),
-]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,28 +43,6 @@ class Location:
         return pool_files.PoolFiles.locate(
             self.path, metadata=self.metadata, data=self.data, catalog=self.catalog
         )
-
-
-def locate(
-    words: Sequence[str | None],
-    names: Sequence[str],
-    metadata: Path | None,
-    data: Path | None,
-    catalog: Path | None,
-    engine: str | None = None,
-) -> tuple[Location, list[str]]:
-    """Split the words "PATH NAME..." into the pool and the named rest; with two devices there is no PATH."""
-    arguments = [word for word in words if word is not None]
-    on_devices = metadata is not None or data is not None or catalog is not None
-    wanted = [*names] if on_devices else ["PATH", *names]
-    if len(arguments) != len(wanted):
-        instead = " (with --metadata and --data, no PATH)" if on_devices else ""
-        raise typer.BadParameter(
-            f"give {' '.join(wanted) or 'no argument'}{instead}, not {len(arguments)} arguments"
-        )
-    if on_devices:
-        return Location(None, metadata, data, catalog, engine), arguments
-    return Location(Path(arguments[0]), None, None, None, engine), arguments[1:]
 
 
 def open_pool(location: Location, *, read_only: bool = False, adopt: bool = False) -> Pool | PoolClient:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,6 +83,13 @@ def test_json_names_abilities_parts_and_leftovers() -> None:
     told = json.loads(done.stdout)
     assert {"abilities", "parts", "leftovers", "cleaned"} <= told.keys()
     assert told["cleaned"] is False
+
+
+@pytest.mark.skipif(shutil.which("fuse2fs") is None, reason="needs fuse2fs")
+def test_version_is_the_tools_own_and_not_that_of_its_library() -> None:
+    done = subprocess.run([*MAIN, "doctor", "--json"], capture_output=True, text=True, check=True)
+    parts = {part["name"]: part for part in json.loads(done.stdout)["parts"]}
+    assert parts["fuse2fs"]["detail"] == parts["mkfs.ext4"]["detail"]
 
 
 def test_text_says_yes_or_no_for_every_ability() -> None:

@@ -80,9 +80,9 @@ def compare(
 ) -> None:
     """Measure what each storage driver writes to the disk.
 
-    Every driver gets a fresh ext4 on a loop device of its own, the same image and a container; the workload
-    runs in it and the device's own counter is read. Without root only drivers that need none run, in a plain
-    directory.
+    Every driver gets a fresh file system on a loop device of its own, the same image and a container; the
+    workload runs in it and the device's own counter is read. Without root only drivers that need none run, in
+    a plain directory.
     """
     from ..amplification.measure import compare as measure
     from ..amplification.measure import targets_for

@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from ..amplification.workloads import BUILT_IN
 from ..errors import BlocksnapError
 from .console import FAILED, JsonOption, print_json, stderr, stdout
 from .leftovers import Leftover, find_leftovers, silent_servers
@@ -63,6 +64,9 @@ ABILITIES = (
         "compare: every driver, the disk's own counter",
         (*_MOUNTING, "mkfs.ext4", "ext4", "overlayfs", "fuse-overlayfs", *_BTRFS, *_REFLINK, *_QEMU),
     ),
+    Ability("workloads pgbench, postgres-load", ("PostgreSQL",)),
+    Ability("workload fio", ("fio",)),
+    Ability("workload package", ("root", "dpkg")),
     Ability("tests of pools", ("e2fsck", "thin_check", "thin_dump", "thin_delta")),
     Ability("tests of images", ("root", "skopeo", "umoci", "mmdebstrap")),
     Ability("kernel engine", ("root", "thin-pool target", "loop devices")),
@@ -83,6 +87,8 @@ _TOOLS = (
     ("qemu-storage-daemon", "--version", "qemu-system-common"),
     ("qemu-img", "--version", "qemu-utils"),
     ("fusermount3", "--version", "fuse3"),
+    ("fio", "--version", "fio"),
+    ("dpkg", "--version", "dpkg"),
     ("thin_check", "--version", "thin-provisioning-tools"),
     ("thin_dump", "--version", "thin-provisioning-tools"),
     ("thin_delta", "--version", "thin-provisioning-tools"),
@@ -134,6 +140,7 @@ def examine() -> list[Part]:
         _target("thin-pool", "dm-thin-pool"),
         _target("snapshot", "dm-snapshot"),
         *(_tool(*tool) for tool in _TOOLS),
+        _postgres(),
     ]
 
 
@@ -229,8 +236,16 @@ def _tool(name: str, version: str, package: str) -> Part:
     path = shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin")
     if path is None:
         return Part(name, present=False, detail="not installed", get=get)
-    found = re.search(r"\d+\.\d[\w.+~-]*", _output([path, version]) or "")
-    return Part(name, present=True, detail=found[0] if found else path, get=get)
+    said, number = _output([path, version]) or "", r"(\d+\.\d[\w.+~-]*)"
+    found = re.search(rf"{re.escape(name)}\D*{number}", said) or re.search(number, said)
+    return Part(name, present=True, detail=found[1] if found else path, get=get)
+
+
+def _postgres() -> Part:
+    workload, get = BUILT_IN["pgbench"], "apt install postgresql"
+    if (lacks := workload.missing()) is not None:
+        return Part("PostgreSQL", present=False, detail=lacks.partition(":")[0], get=get)
+    return Part("PostgreSQL", present=True, detail=workload.versions()["postgresql"], get=get)
 
 
 def _output(command: list[str]) -> str | None:

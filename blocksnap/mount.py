@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Self
 
 from ._native import check, encode, ffi, lib
-from .errors import ArgumentError, DeviceIOError
+from .errors import ArgumentError, DeviceIOError, system_errors
 
 __all__ = [
     "LoopDevice",
@@ -295,7 +295,9 @@ def _parse_mountinfo(line: bytes) -> MountEntry:
 
 def mount_table() -> list[MountEntry]:
     """Return the mounts of this process's mount namespace, older ones first."""
-    return [_parse_mountinfo(line) for line in Path("/proc/self/mountinfo").read_bytes().splitlines()]
+    table = Path("/proc/self/mountinfo")
+    with system_errors(str(table)):
+        return [_parse_mountinfo(line) for line in table.read_bytes().splitlines()]
 
 
 def is_mounted(path: str | os.PathLike[str]) -> bool:

@@ -81,8 +81,9 @@ class Pool:
 
         size is that of the data; without one, two devices are used whole. metadata_size defaults to 48 bytes
         a data block, at least 2 MiB. preallocate writes the data file full of zeros, so that later writes
-        change no metadata of its file system. A failure at any moment leaves nothing behind that looks like
-        a pool. auto_extend and on_event are those of open().
+        change no metadata of its file system. A failure while it is made leaves nothing behind that looks
+        like a pool; one that was made and then cannot be opened stays. auto_extend and on_event are those of
+        open().
         """
         kind = engine_named(engine)
         files = PoolFiles.locate(path, metadata=metadata, data=data, catalog=catalog)

@@ -44,7 +44,7 @@ __all__ = ["PoolClient", "RemoteDevice", "ServerProcess", "connect", "serve", "s
 _START_SECONDS = 10.0
 _RETRY_SECONDS = 0.02
 _MAX_LOG = 1 << 20
-_LOOK_SECONDS = 0.5
+_LOOK_MILLISECONDS = 500
 _STATES = {"T": "stopped", "t": "stopped", "D": "waiting for a device", "Z": "dead", "X": "dead"}
 
 
@@ -96,7 +96,9 @@ class PoolClient:
 
     def _await_greeting(self) -> None:
         """Wait until the server speaks; a stopped one would be waited for in vain."""
-        while not select.select([self._connection], [], [], _LOOK_SECONDS)[0]:
+        poll = select.poll()
+        poll.register(self._connection, select.POLLIN)
+        while not poll.poll(_LOOK_MILLISECONDS):
             server = ServerProcess.of(self._connection)
             if server.is_stopped:
                 raise BusyError(f"pool {self.path} is served by {server}: {server.mend}")
@@ -364,7 +366,8 @@ def _connect(directory: Path) -> PoolClient | None:
 
 
 def _connection(directory: Path) -> socket.socket:
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with system_errors(str(directory / "socket")):
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         with socket_address(directory) as address:
             connection.connect(address)
@@ -404,7 +407,8 @@ def serve(path: PathArgument, *, engine: str | None = None) -> PoolClient:
 
 
 def _start(directory: Path, engine: str) -> PoolClient:
-    ours, theirs = socket.socketpair()
+    with system_errors(str(directory)):
+        ours, theirs = socket.socketpair()
     try:
         with theirs, system_errors(str(directory)), _open_log(_log_path(directory)) as log:
             process = subprocess.Popen(

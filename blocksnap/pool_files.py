@@ -10,7 +10,7 @@ import mmap
 import os
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -116,16 +116,18 @@ def _default_catalog(metadata: Path) -> Path:
 @contextmanager
 def creation(files: PoolFiles) -> Iterator[None]:
     """Hold the marker while the body makes the pool; if it fails, take away everything that was made."""
-    with system_errors(str(files)):
-        made_directory = _prepare_directory(files)
+    with system_errors(str(files)), ExitStack() as undo:
+        if _prepare_directory(files):
+            undo.callback(_remove_directory, files)
         with _locked_marker(files, create=True):
             try:
                 _sweep(files)
                 yield
                 _sync(files)
             except BaseException:
-                _take_away(files, made_directory=made_directory)
+                _take_away(files)
                 raise
+            undo.pop_all()
             files.marker.unlink()
             sync_directory(files.marker.parent)
 
@@ -182,12 +184,16 @@ def _sweep(files: PoolFiles) -> None:
         part.unlink(missing_ok=True)
 
 
-def _take_away(files: PoolFiles, *, made_directory: bool) -> None:
+def _take_away(files: PoolFiles) -> None:
     with suppress(OSError):
         _sweep(files)
         files.marker.unlink(missing_ok=True)
-        if made_directory and files.directory is not None:
-            files.directory.rmdir()
+
+
+def _remove_directory(files: PoolFiles) -> None:
+    assert files.directory is not None
+    with suppress(OSError):
+        files.directory.rmdir()
 
 
 def _sync(files: PoolFiles) -> None:

@@ -155,6 +155,11 @@ void cow_metadata_grow(struct bs_cow_model *m, uint64_t bytes)
 static bool count_once(struct bs_cow_model *m, int level, int height, uint32_t device, uint64_t place)
 {
 	uint64_t index = place | (uint64_t)level << 48 | (uint64_t)height << 56;
+	struct cow_key *latest = &m->latest[level][height];
+
+	if (latest->index == index && latest->device == device && latest->stamp == m->counting)
+		return false;
+	*latest = (struct cow_key){index, device, m->counting};
 	struct cow_key *key = cow_table_find(&m->counted, sizeof(struct cow_key), index, device);
 
 	if (!key)
@@ -232,30 +237,33 @@ static uint64_t divide_up(uint64_t a, uint64_t b)
 }
 
 /* What few mapped blocks of fresh devices can fill. */
-static void limit_to_mapped(const struct cow_level *l, struct cow_pending *p)
+static void limit_to_mapped(const struct bs_cow_model *m, int level, struct cow_pending *p)
 {
-	uint64_t leaves = divide_up(l->sums.provisioned - l->sums.discarded, COW_LEAF), inner = 0;
+	const struct cow_sums *sums = &m->sums[level / 6];
+	int j = level % 6;
+	uint64_t leaves = divide_up(sums->provisioned[j] - sums->discarded[j], COW_LEAF), inner = 0;
 
 	for (uint64_t n = leaves; n > 1; inner += n)
 		n = divide_up(n, COW_LEAF);
 	p->leaves = cow_minimum(p->leaves, leaves);
 	p->overflow = cow_minimum(p->overflow, leaves);
 	p->inner = cow_minimum(p->inner, inner);
-	p->bitmaps = cow_minimum(p->bitmaps, divide_up(l->sums.allocated, ENTRIES_PER_BITMAP));
+	p->bitmaps = cow_minimum(p->bitmaps, divide_up(sums->allocated[j], ENTRIES_PER_BITMAP));
 }
 
-static uint64_t blocks_of(const struct bs_cow_model *m, const struct cow_level *l)
+static uint64_t blocks_of(const struct bs_cow_model *m, int level)
 {
+	const struct cow_level *l = &m->levels[level];
 	struct cow_pending p = l->pending;
 	uint64_t unmapped = l->unmapped_leaves;
 
 	if (!p.leaves)
 		return 0;
 	if (m->options.flags & BS_COW_FRESH)
-		limit_to_mapped(l, &p);
+		limit_to_mapped(m, level, &p);
 	return FIXED_BLOCKS + p.leaves + p.overflow + (p.overflow > 0) + p.inner + p.bitmaps + unmapped +
 	       unmapped / COW_LEAF + unmapped * COW_LEAF / ENTRIES_PER_BITMAP +
-	       divide_up(l->sums.allocated - l->allocated, ENTRIES_PER_BITMAP);
+	       divide_up(cow_allocated(m, level) - l->allocated, ENTRIES_PER_BITMAP);
 }
 
 /* No stamp of the past may come up again. */
@@ -283,7 +291,7 @@ void cow_metadata_pending(struct bs_cow_model *m, uint64_t ret_blocks[COW_LEVELS
 				count_marks(m, 6 * depth + j, marks);
 	}
 	for (int i = 0; i < m->nr_sizes; i++)
-		ret_blocks[m->sizes[i]] = blocks_of(m, &m->levels[m->sizes[i]]);
+		ret_blocks[m->sizes[i]] = blocks_of(m, m->sizes[i]);
 	next_counting(m);
 }
 
@@ -318,7 +326,7 @@ void cow_metadata_commit(struct bs_cow_model *m, bool snapshot)
 		l->metadata_blocks += written;
 		l->commits += written > 0;
 		l->unmapped_leaves = 0;
-		l->allocated = l->sums.allocated;
+		l->allocated = cow_allocated(m, m->sizes[i]);
 	}
 	settle_marks(m);
 }

@@ -2,9 +2,8 @@
  * The copy-on-write model: takes the requests of a trace in order, keeps what cow_model.h describes, ends
  * epochs and transactions, and hands out counts.
  *
- * A write costs one look at one cache line if every smallest block of it was written in this epoch before;
- * the line is fetched while the requests before it are worked on. Memory: 64 bytes for each 64 smallest
- * blocks in which one was written, some more for what lies above and for metadata, and a bounded history.
+ * Memory: 1 KiB for each 16 times 64 smallest blocks in which one was written, some more for what lies above and
+ * for metadata, and a bounded history.
  */
 #include "cow_model.h"
 
@@ -17,7 +16,6 @@
 
 #define MIN_SHIFT 9
 #define MAX_SHIFT 30
-#define AHEAD 8 /* requests whose nodes are on their way into the cache */
 #define MAX_RECORDS 65536
 
 /* ---- life ---- */
@@ -51,8 +49,20 @@ static void set_levels(struct bs_cow_model *m, const uint64_t *block_sizes, int 
 		m->sizes[i] = __builtin_ctzll(block_sizes[i]) - m->base_shift;
 		m->wanted[m->sizes[i] / 6] |= 1 << m->sizes[i] % 6;
 	}
-	for (int i = 0; i <= COW_LEVELS; i++)
-		m->inside[i] = (1ull << cow_shift(m, i)) - 1;
+	for (int depth = 0; depth < COW_DEPTHS; depth++)
+		for (int j = 0; j < COW_LANES; j++)
+			m->inside[depth][j] = (1ull << cow_shift(m, 6 * depth + j)) - 1;
+}
+
+static void set_heap_masks(struct bs_cow_model *m)
+{
+	for (int block = 0; block < 64; block++)
+		for (int j = 1; j < 6; j++) {
+			int bit = (64 + block) >> j, level = 64 >> j;
+
+			m->heap_from[block] |= ((1ull << (2 * level - bit)) - 1) << bit;
+			m->heap_to[block] |= ((1ull << (bit + 1 - level)) - 1) << level;
+		}
 }
 
 static void init(struct bs_cow_model *m, const struct bs_cow_options *options)
@@ -65,7 +75,8 @@ static void init(struct bs_cow_model *m, const struct bs_cow_options *options)
 	m->epochs_a_record = 1;
 	cow_metadata_grow(m, options->device_bytes);
 #if defined(__x86_64__)
-	m->fast = __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("bmi2");
+	m->fast = __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("bmi2") &&
+		  __builtin_cpu_supports("avx2");
 #endif
 }
 
@@ -80,10 +91,9 @@ int bs_cow_model_create(const uint64_t *block_sizes, int nr_sizes, const struct 
 	if (!m)
 		return bs_fail(-ENOMEM, "out of memory");
 	set_levels(m, block_sizes, nr_sizes);
+	set_heap_masks(m);
 	init(m, options);
-	r = cow_table_init(&m->leaves, sizeof(struct cow_node));
-	if (r == 0)
-		r = cow_table_init(&m->inners, sizeof(struct cow_inner));
+	r = cow_nodes_init(&m->nodes);
 	if (r == 0)
 		r = cow_metadata_init(m);
 	if (r < 0) {
@@ -98,8 +108,7 @@ void bs_cow_model_destroy(struct bs_cow_model *m)
 {
 	if (!m)
 		return;
-	cow_table_deinit(&m->leaves);
-	cow_table_deinit(&m->inners);
+	cow_nodes_deinit(&m->nodes);
 	cow_metadata_deinit(m);
 	free(m->epochs);
 	free(m);
@@ -123,12 +132,14 @@ static bool begins_as_hole(const struct bs_cow_model *m, int depth, uint64_t nod
 struct cow_node *cow_node_add(struct bs_cow_model *m, int depth, uint64_t node, uint32_t device)
 {
 	bool hole = begins_as_hole(m, depth, node, device);
-	struct cow_node *n =
-		cow_table_add(depth ? &m->inners : &m->leaves, cow_index(depth, node), device, m->epoch);
+	struct cow_node *n = cow_nodes_add(&m->nodes, depth, node, device);
 
-	if (!n)
+	if (!n) {
 		m->out_of_memory = true;
-	else if (hole)
+		return NULL;
+	}
+	n->stamp = m->epoch;
+	if (hole)
 		n->hole = (struct cow_set){{UINT64_MAX, UINT64_MAX}};
 	return n;
 }
@@ -153,15 +164,21 @@ static void add_epoch(struct bs_cow_epoch *to, const struct bs_cow_epoch *from)
 }
 
 /* What the running epoch adds to its own record, and to that of the snapshot at its beginning. */
-static struct bs_cow_epoch running_epoch(const struct cow_level *l)
+static struct bs_cow_epoch running_epoch(const struct bs_cow_model *m, int level)
 {
-	return (struct bs_cow_epoch){.blocks_allocated = l->sums.allocated - l->before.allocated,
-		.blocks_freed = l->sums.freed - l->before.freed};
+	const struct cow_sums *now = &m->sums[level / 6], *before = &m->before[level / 6];
+	int j = level % 6;
+
+	return (struct bs_cow_epoch){.blocks_allocated = now->allocated[j] - before->allocated[j],
+		.blocks_freed = now->freed[j] - before->freed[j]};
 }
 
-static struct bs_cow_epoch superseded(const struct cow_level *l)
+static struct bs_cow_epoch superseded(const struct bs_cow_model *m, int level)
 {
-	return (struct bs_cow_epoch){.blocks_exclusive = l->sums.superseded - l->before.superseded};
+	int d = level / 6, j = level % 6;
+
+	return (struct bs_cow_epoch){
+		.blocks_exclusive = m->sums[d].superseded[j] - m->before[d].superseded[j]};
 }
 
 static uint64_t record_of(const struct bs_cow_model *m, uint32_t epoch)
@@ -208,14 +225,14 @@ static int reserve_record(struct bs_cow_model *m)
 static void end_epoch(struct bs_cow_model *m)
 {
 	for (int i = 0; i < m->nr_sizes; i++) {
-		struct cow_level *l = &m->levels[m->sizes[i]];
-		struct bs_cow_epoch ended = running_epoch(l), before = superseded(l);
+		struct bs_cow_epoch ended = running_epoch(m, m->sizes[i]),
+				    before = superseded(m, m->sizes[i]);
 
 		add_epoch(&m->epochs[record_of(m, m->epoch) * m->nr_sizes + i], &ended);
 		if (m->epoch > 1)
 			add_epoch(&m->epochs[record_of(m, m->epoch - 1) * m->nr_sizes + i], &before);
-		l->before = l->sums;
 	}
+	memcpy(m->before, m->sums, sizeof(m->before));
 	m->epoch++;
 	m->writes = m->bytes = 0;
 	m->dirty = false;
@@ -265,17 +282,6 @@ static int pass_time(struct bs_cow_model *m, uint64_t time)
 
 /* ---- requests ---- */
 
-/* Nothing is to be done if every smallest block of the range was written in this epoch. */
-static inline void apply_write(struct bs_cow_model *m, const struct cow_range *range)
-{
-	uint64_t first = range->begin >> m->base_shift, last = (range->end - 1) >> m->base_shift;
-	uint64_t mask = ~0ull << (first & 63) & ~0ull >> (63 - (last & 63));
-	struct cow_node *n = cow_node_find(m, 0, first >> 6, range->device);
-
-	if (first >> 6 != last >> 6 || !n || n->key.stamp != m->epoch || mask & ~n->current.w[0])
-		cow_write(m, range, n);
-}
-
 static int snapshot_if_due(struct bs_cow_model *m)
 {
 	if (m->writes < m->snapshot_writes && m->bytes < m->snapshot_bytes)
@@ -293,7 +299,7 @@ static int take_write(struct bs_cow_model *m, const struct bs_request *request)
 	m->bytes += request->length;
 	m->dirty = true;
 	if (request->length)
-		apply_write(m, &range);
+		cow_write(m, &range);
 	return snapshot_if_due(m);
 }
 
@@ -358,40 +364,6 @@ static int take(struct bs_cow_model *m, const struct bs_request *request)
 	return 0;
 }
 
-static inline void prefetch(const struct bs_cow_model *m, const struct bs_request *request)
-{
-	uint64_t node = request->offset >> m->base_shift >> 6;
-
-	__builtin_prefetch(cow_table_slot(&m->leaves, sizeof(struct cow_node), node, request->device));
-}
-
-/* Take writes as long as nothing else happens: no growth of the device, no event of time, no snapshot but
- * behind the last one. Returns their number. */
-static uint64_t take_writes(struct bs_cow_model *m, const struct bs_request *requests, uint64_t count)
-{
-	uint64_t highest = m->trace.highest_byte, time = m->next_time, bytes = 0, i = 0;
-	uint64_t end = cow_minimum(count, m->snapshot_writes - m->writes);
-
-	for (; i < end && m->bytes + bytes < m->snapshot_bytes; i++) {
-		const struct bs_request *r = &requests[i];
-		struct cow_range range = {r->offset, r->offset + r->length, r->device};
-
-		if (r->kind != BS_REQUEST_WRITE || r->length - 1 >= COW_MAX_WRITE || r->time >= time ||
-			r->offset >= highest || range.end > highest)
-			break;
-		prefetch(m, &requests[i + AHEAD < count ? i + AHEAD : i]);
-		bytes += r->length;
-		apply_write(m, &range);
-	}
-	m->trace.requests += i;
-	m->trace.writes += i;
-	m->trace.written_bytes += bytes;
-	m->writes += i;
-	m->bytes += bytes;
-	m->dirty |= i > 0;
-	return i;
-}
-
 static void begin(struct bs_cow_model *m, uint64_t time)
 {
 	m->trace.first_time = time;
@@ -407,7 +379,7 @@ int bs_cow_model_feed(struct bs_cow_model *m, const struct bs_request *requests,
 	if (count && !m->trace.requests)
 		begin(m, requests[0].time);
 	for (uint64_t i = 0; r == 0 && i < count;) {
-		uint64_t n = take_writes(m, requests + i, count - i);
+		uint64_t n = cow_take_transfers(m, requests + i, count - i);
 
 		r = n ? snapshot_if_due(m) : take(m, &requests[i]);
 		i += n ? n : 1;
@@ -425,8 +397,8 @@ void bs_cow_model_trace(const struct bs_cow_model *m, struct bs_cow_trace *ret)
 {
 	*ret = m->trace;
 	ret->memory_bytes = sizeof(*m) + m->records * m->nr_sizes * sizeof(*m->epochs) +
-			    cow_table_bytes(&m->leaves) + cow_table_bytes(&m->inners) +
-			    cow_table_bytes(&m->marks) + cow_table_bytes(&m->counted);
+			    cow_nodes_bytes(&m->nodes) + cow_table_bytes(&m->marks) +
+			    cow_table_bytes(&m->counted);
 }
 
 int bs_cow_model_results(struct bs_cow_model *m, struct bs_cow_result *out, int capacity)
@@ -436,17 +408,18 @@ int bs_cow_model_results(struct bs_cow_model *m, struct bs_cow_result *out, int 
 	cow_metadata_pending(m, pending);
 	for (int i = 0; i < m->nr_sizes && i < capacity; i++) {
 		int level = m->sizes[i];
-		const struct cow_sums *sums = &m->levels[level].sums;
+		int j = level % 6;
+		const struct cow_sums *sums = &m->sums[level / 6];
 
 		out[i] = (struct bs_cow_result){
 			.block_size = 1ull << cow_shift(m, level),
-			.blocks_provisioned = sums->provisioned,
-			.blocks_copied = sums->copied,
-			.blocks_overwritten = sums->allocated - sums->provisioned - sums->copied,
-			.blocks_discarded = sums->discarded,
-			.blocks_freed = sums->freed,
-			.copied_bytes = sums->copied_bytes,
-			.zero_filled_bytes = sums->filled_bytes,
+			.blocks_provisioned = sums->provisioned[j],
+			.blocks_copied = sums->copied[j],
+			.blocks_overwritten = sums->allocated[j] - sums->provisioned[j] - sums->copied[j],
+			.blocks_discarded = sums->discarded[j],
+			.blocks_freed = sums->freed[j],
+			.copied_bytes = sums->copied_bytes[j],
+			.zero_filled_bytes = sums->filled_bytes[j],
 			.metadata_blocks = m->levels[level].metadata_blocks + pending[level],
 			.commits = m->levels[level].commits + (pending[level] > 0),
 		};
@@ -462,18 +435,18 @@ int bs_cow_model_epochs(
 
 	if (size < 0 || size >= m->nr_sizes)
 		return bs_fail(-EINVAL, "the model has %d block sizes", m->nr_sizes);
-	const struct cow_level *l = &m->levels[m->sizes[size]];
+	int level = m->sizes[size];
 	for (; n < capacity && begin <= last; n++, begin++) {
 		out[n] = (struct bs_cow_epoch){0};
 		if (begin < m->records)
 			out[n] = m->epochs[begin * m->nr_sizes + size];
 		if (m->epoch > 1 && begin == record_of(m, m->epoch - 1)) {
-			struct bs_cow_epoch before = superseded(l);
+			struct bs_cow_epoch before = superseded(m, level);
 
 			add_epoch(&out[n], &before);
 		}
 		if (begin == last) {
-			struct bs_cow_epoch running = running_epoch(l);
+			struct bs_cow_epoch running = running_epoch(m, level);
 
 			running.blocks_exclusive = running.blocks_allocated - running.blocks_freed;
 			add_epoch(&out[n], &running);

@@ -20,41 +20,28 @@
 #define BS_COW_MODEL_H
 
 #include "blocksnap.h"
-#include "cow_table.h"
+#include "cow_nodes.h"
 
 #define COW_DEPTHS 9 /* block sizes from 512 on: 9 + 9 * 6 bits, every offset below 2^63 */
 #define COW_LEVELS (6 * COW_DEPTHS)
+#define COW_HEIGHTS 9 /* 0: bitmaps; of mapping trees: 168^8 leaves are more than there can be */
 #define COW_MAX_END (1ull << 63)
 #define COW_MAX_WRITE (1ull << 32)
 #define COW_LEAF (252 / 3 * 2ull) /* mappings in a leaf: cow_metadata.c */
 
-struct cow_set {
-	uint64_t w[2];
-};
+#define COW_LANES 8
 
-struct cow_node {
-	struct cow_key key;      /* cow_index(); stamp: the epoch that the sets are of */
-	struct cow_set current;  /* allocated in this epoch */
-	struct cow_set previous; /* allocated in the epoch before and not replaced since */
-	struct cow_set hole;
-};
-
-/* A node of depth 1 and more. */
-struct cow_inner {
-	struct cow_node node;
-	uint64_t children; /* which of the 64 blocks have a node below them */
-};
-
-/* In blocks unless the name says bytes. */
+/* Of the six levels of a depth, side by side for vector instructions; lanes 6 and 7 are idle. In blocks unless
+ * the name says bytes. */
 struct cow_sums {
-	uint64_t allocated;    /* data blocks */
-	uint64_t provisioned;  /* of these: for holes */
-	uint64_t copied;       /* of these: with a copy; the others were overwritten */
-	uint64_t copied_bytes; /* of copied blocks, without the piece that broke sharing */
-	uint64_t filled_bytes; /* zeros: around pieces that provision, and by discards of parts */
-	uint64_t superseded;   /* allocated in the epoch before, replaced or unmapped in this one */
-	uint64_t discarded;    /* mapped blocks unmapped */
-	uint64_t freed;        /* of these: allocated in the same epoch */
+	uint64_t allocated[COW_LANES];    /* data blocks */
+	uint64_t provisioned[COW_LANES];  /* of these: for holes */
+	uint64_t copied[COW_LANES];       /* of these: with a copy; the others were overwritten */
+	uint64_t copied_bytes[COW_LANES]; /* of copied blocks, without the piece that broke sharing */
+	uint64_t filled_bytes[COW_LANES]; /* zeros: around pieces that provision, by discards of parts */
+	uint64_t superseded[COW_LANES]; /* allocated in the epoch before, replaced or unmapped in this one */
+	uint64_t discarded[COW_LANES];  /* mapped blocks unmapped */
+	uint64_t freed[COW_LANES];      /* of these: allocated in the same epoch */
 };
 
 /* Metadata blocks that the running transaction changes. */
@@ -63,7 +50,6 @@ struct cow_pending {
 };
 
 struct cow_level {
-	struct cow_sums sums, before; /* now; when the epoch began */
 	uint64_t metadata_blocks, commits;
 	struct cow_pending pending; /* as of cow_metadata_pending() */
 	uint64_t allocated;         /* when the transaction began */
@@ -98,13 +84,16 @@ struct bs_cow_model {
 	uint64_t grows_at;           /* a device of more bytes has a higher mapping tree at some level */
 	struct bs_cow_epoch *epochs; /* nr_sizes for each of so many records */
 	uint64_t records, epochs_a_record;
-	struct cow_table leaves, inners; /* nodes of depth 0, and of the others */
+	struct cow_nodes nodes;
 	struct cow_table marks, counted; /* cow_metadata.c */
 	struct cow_key *changed;         /* marks of the running transaction */
 	size_t nr_changed, changed_capacity;
 	uint32_t counting;
+	struct cow_key latest[COW_LEVELS][COW_HEIGHTS]; /* of `counted` */
 	struct cow_marked marked[COW_DEPTHS];
-	uint64_t inside[COW_LEVELS + 1]; /* bits of an offset that say where it lies in its block */
+	uint64_t inside[COW_DEPTHS][COW_LANES]; /* bits of an offset that say where it lies in its block */
+	uint64_t heap_from[64], heap_to[64]; /* word 1: all that lies at or behind, at or before, a block */
+	struct cow_sums sums[COW_DEPTHS], before[COW_DEPTHS]; /* now; when the epoch began */
 	struct cow_level levels[COW_LEVELS];
 };
 
@@ -114,14 +103,9 @@ static inline int cow_shift(const struct bs_cow_model *m, int level)
 	return m->base_shift + level < 62 ? m->base_shift + level : 62;
 }
 
-static inline uint64_t cow_node_number(const struct cow_node *n)
+static inline uint64_t cow_allocated(const struct bs_cow_model *m, int level)
 {
-	return n->key.index & ((1ull << 60) - 1);
-}
-
-static inline uint64_t cow_index(int depth, uint64_t node)
-{
-	return node | (uint64_t)depth << 60;
+	return m->sums[level / 6].allocated[level % 6];
 }
 
 /* The blocks of level 6 * depth + j in a set, from bit 0 on. */
@@ -145,21 +129,21 @@ struct cow_range {
 static inline struct cow_node *cow_node_find(
 	const struct bs_cow_model *m, int depth, uint64_t node, uint32_t device)
 {
-	return depth ? cow_table_find(&m->inners, sizeof(struct cow_inner), cow_index(depth, node), device)
-		     : cow_table_find(&m->leaves, sizeof(struct cow_node), node, device);
+	struct cow_node *n = cow_nodes_place(&m->nodes, depth, node, device);
+
+	return n && n->stamp ? n : NULL;
 }
 
 /* Bring the sets to the running epoch. Without branches: when a node was met before is random. */
 static inline void cow_node_begin_epoch(const struct bs_cow_model *m, struct cow_node *n)
 {
-	uint64_t now = -(uint64_t)(n->key.stamp == m->epoch),
-		 before = -(uint64_t)(n->key.stamp == m->epoch - 1);
+	uint64_t now = -(uint64_t)(n->stamp == m->epoch), before = -(uint64_t)(n->stamp == m->epoch - 1);
 
 	for (int i = 0; i < 2; i++) {
 		n->previous.w[i] = (n->previous.w[i] & now) | (n->current.w[i] & before);
 		n->current.w[i] &= now;
 	}
-	n->key.stamp = m->epoch;
+	n->stamp = m->epoch;
 }
 
 /* cow_model.c. Make the node, which is not there; or find or make it, brought to the running epoch. NULL
@@ -202,7 +186,7 @@ struct cow_span {
 static inline struct cow_span cow_span(
 	const struct bs_cow_model *m, int depth, int j, const struct cow_ends *ends)
 {
-	uint64_t inside = m->inside[6 * depth + j];
+	uint64_t inside = m->inside[depth][j];
 
 	return (struct cow_span){
 		.word = j > 0,
@@ -219,8 +203,10 @@ static inline uint64_t cow_span_bits(const struct cow_span *span)
 }
 
 /* cow_write.c */
-/* first: the node of depth 0 in which the range begins, NULL if it is not known. */
-void cow_write(struct bs_cow_model *m, const struct cow_range *range, struct cow_node *first);
+void cow_write(struct bs_cow_model *m, const struct cow_range *range);
+/* Take reads and writes as long as nothing else happens: no higher tree, no event of time, no snapshot but behind
+ * the last one. Returns their number. */
+uint64_t cow_take_transfers(struct bs_cow_model *m, const struct bs_request *requests, uint64_t count);
 
 /* cow_discard.c */
 void cow_discard(struct bs_cow_model *m, const struct cow_range *range);

@@ -9,10 +9,9 @@
 #define FIRST_BITS 8
 #define HUGE_PAGE (2u << 20)
 
-/* Zeroed, in huge pages if it is large: a random probe then costs no page walk. */
-static char *map_slots(size_t bytes)
+void *cow_map(size_t bytes)
 {
-	char *slots = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	void *slots = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 
 	if (slots == MAP_FAILED)
 		return NULL;
@@ -24,7 +23,7 @@ static char *map_slots(size_t bytes)
 int cow_table_init(struct cow_table *table, size_t stride)
 {
 	*table = (struct cow_table){.stride = stride, .capacity = 1u << FIRST_BITS, .shift = 64 - FIRST_BITS};
-	table->slots = map_slots(table->capacity * stride);
+	table->slots = cow_map(table->capacity * stride);
 	return table->slots ? 0 : bs_fail(-ENOMEM, "out of memory");
 }
 
@@ -41,7 +40,7 @@ static bool grow(struct cow_table *table)
 
 	larger.capacity *= 2;
 	larger.shift--;
-	larger.slots = map_slots(larger.capacity * larger.stride);
+	larger.slots = cow_map(larger.capacity * larger.stride);
 	if (!larger.slots)
 		return false;
 	for (size_t i = 0; i < table->capacity; i++) {

@@ -21,6 +21,10 @@ struct cow_table {
 	int shift; /* 64 minus the bits of capacity */
 };
 
+/* Zeroed memory, NULL when there is none; in huge pages if it is large: a random access then costs no page walk.
+ * Undone by munmap(). */
+void *cow_map(size_t bytes);
+
 /* -ENOMEM. */
 int cow_table_init(struct cow_table *table, size_t stride);
 void cow_table_deinit(struct cow_table *table);

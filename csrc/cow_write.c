@@ -1,86 +1,107 @@
 /*
- * What a write changes. It goes through the nodes that it covers at depth 0, then through those of depth 1,
- * and so on while it finds something new: a block that was not touched before in this epoch. In a node it
- * goes from level to level in the same way. Most writes touch few blocks of few levels anew, and pay for
- * those only; from the level on at which a write lies in one block, a level is one bit.
+ * Reads and writes in a row, and what a write changes. It goes through the nodes that it covers at depth 0, then
+ * through those of depth 1, and so on while it finds something new: a block that was not touched before in this
+ * epoch. A write whose smallest blocks are none of them new costs one look at one cache line, which was fetched
+ * while the requests before it were worked on.
  *
- * Compiled twice, since bits take fewer instructions where the processor has them.
+ * What is new in a node is counted for its six levels at once, without branches: which levels have something
+ * new is random, and a wrong guess costs more than the counting. Compiled twice, since bits take fewer
+ * instructions where the processor has them.
  */
 #include "cow_model.h"
 
 #if defined(__x86_64__)
-#define FAST __attribute__((target("popcnt,bmi,bmi2,lzcnt")))
+#define FAST __attribute__((target("popcnt,bmi,bmi2,lzcnt,avx2")))
 #else
 #define FAST
 #endif
+#define AHEAD 8 /* requests whose nodes are on their way into the cache */
 #define INLINE static inline __attribute__((always_inline))
 
-/* A block of which the first piece to touch it leaves `rest` bytes. */
-INLINE void add_part(struct cow_sums *sums, bool hole, uint64_t rest)
+typedef uint64_t lanes __attribute__((vector_size(32), aligned(8)));
+
+/* Block b of the first level lies in bit (heap + b) >> shift of the others' words. */
+static const uint64_t shift[COW_LANES] = {0, 1, 2, 3, 4, 5, 0, 0};
+static const uint64_t heap[COW_LANES] = {0, 64, 64, 64, 64, 64, 0, 0};
+
+#define LANES(array) (*(const lanes *)(array))
+
+/* Add what the ends of a write leave of the first and the last block of each level, where it is new: to `bytes`,
+ * and if `blocks` is given the blocks not wholly covered to it. Without branches: what is new is random. */
+INLINE void add_parts(const struct bs_cow_model *m, int depth, const struct cow_ends *ends,
+	struct cow_set new, uint64_t *blocks, uint64_t *bytes)
 {
-	if (hole)
-		sums->filled_bytes += rest;
-	else {
-		sums->copied_bytes += rest;
-		sums->copied += rest > 0;
+#pragma GCC unroll 2
+	for (int i = 0; i < COW_LANES; i += 4) {
+		lanes word = {i ? new.w[1] : new.w[0], new.w[1], i ? 0 : new.w[1], i ? 0 : new.w[1]};
+		lanes j = LANES(shift + i), inside = LANES(m->inside[depth] + i);
+		lanes first = (LANES(heap + i) + ends->first) >> j,
+		      last = (LANES(heap + i) + ends->last) >> j;
+		lanes new_first = -(word >> first & 1), new_last = -(word >> last & 1);
+		lanes head = new_first & ends->begin & inside, tail = new_last & -ends->end & inside;
+		lanes has_head = (lanes)(head != 0), has_tail = (lanes)(tail != 0);
+
+		*(lanes *)(bytes + i) += head + tail;
+		if (blocks)
+			*(lanes *)(blocks + i) -=
+				has_head + has_tail - (has_head & has_tail & (lanes)(first == last));
 	}
 }
 
-INLINE void claim(struct cow_sums *sums, struct cow_node *n, uint64_t new, const struct cow_span *span)
+INLINE void add_blocks(uint64_t *sums, struct cow_set set)
 {
-	int w = span->word;
-	uint64_t holes = new & n->hole.w[w];
-
-	sums->allocated += __builtin_popcountll(new);
-	sums->provisioned += __builtin_popcountll(holes);
-	sums->superseded += __builtin_popcountll(new & n->previous.w[w]);
-	if (new >> span->first & 1)
-		add_part(sums, holes >> span->first & 1, span->head);
-	if (new >> span->last & 1)
-		add_part(sums, holes >> span->last & 1, span->tail);
-	n->current.w[w] |= new;
-	n->previous.w[w] &= ~new;
-	n->hole.w[w] &= ~new;
+	sums[0] += __builtin_popcountll(set.w[0]);
+	sums[1] += __builtin_popcountll(set.w[1] >> 32);
+	sums[2] += __builtin_popcountll(set.w[1] & 0xffff0000);
+	sums[3] += __builtin_popcountll(set.w[1] & 0xff00);
+	sums[4] += __builtin_popcountll(set.w[1] & 0xf0);
+	sums[5] += __builtin_popcountll(set.w[1] & 0xc);
 }
 
-INLINE void claim_one(struct cow_sums *sums, struct cow_node *n, int w, unsigned int bit, uint64_t rest)
+INLINE struct cow_set set_and(struct cow_set a, struct cow_set b)
 {
-	bool hole = n->hole.w[w] >> bit & 1;
-
-	sums->allocated++;
-	sums->provisioned += hole;
-	sums->superseded += n->previous.w[w] >> bit & 1;
-	add_part(sums, hole, rest);
-	n->current.w[w] |= 1ull << bit;
-	n->previous.w[w] &= ~(1ull << bit);
-	n->hole.w[w] &= ~(1ull << bit);
+	return (struct cow_set){{a.w[0] & b.w[0], a.w[1] & b.w[1]}};
 }
 
-/* Returns the number of levels, from the first on, at which a block is new. */
-INLINE int write_levels(struct bs_cow_model *m, int depth, struct cow_node *n, const struct cow_ends *ends,
-	struct cow_set *ret_new)
+INLINE struct cow_set set_without(struct cow_set a, struct cow_set b)
 {
-	struct cow_level *level = &m->levels[6 * depth];
-	struct cow_span span = cow_span(m, depth, 0, ends);
-	int j = 0;
+	return (struct cow_set){{a.w[0] & ~b.w[0], a.w[1] & ~b.w[1]}};
+}
 
-	for (; j < 6 && span.first != span.last; j++, level++) {
-		uint64_t new = cow_span_bits(&span) & ~n->current.w[j > 0];
+/* Blocks touched for the first time in this epoch. */
+INLINE void claim(struct bs_cow_model *m, int depth, struct cow_node *n, const struct cow_ends *ends,
+	struct cow_set new)
+{
+	struct cow_sums *sums = &m->sums[depth];
+	struct cow_set holes = set_and(new, n->hole);
 
-		if (!new)
-			return j;
-		claim(&level->sums, n, new, &span);
-		ret_new->w[j > 0] |= new;
-		span = cow_span(m, depth, j + 1, ends);
+	add_blocks(sums->allocated, new);
+	add_blocks(sums->superseded, set_and(new, n->previous));
+	add_parts(m, depth, ends, set_without(new, holes), sums->copied, sums->copied_bytes);
+	if (holes.w[0] | holes.w[1]) {
+		add_blocks(sums->provisioned, holes);
+		add_parts(m, depth, ends, holes, NULL, sums->filled_bytes);
+		n->hole = set_without(n->hole, new);
 	}
-	for (; j < 6; j++, level++) {
-		if (n->current.w[j > 0] >> span.first & 1)
-			return j;
-		claim_one(&level->sums, n, j > 0, span.first, span.head + span.tail);
-		ret_new->w[j > 0] |= 1ull << span.first;
-		span = cow_span(m, depth, j + 1, ends);
-	}
-	return 6;
+	n->previous = set_without(n->previous, new);
+	n->current.w[0] |= new.w[0];
+	n->current.w[1] |= new.w[1];
+}
+
+/* The blocks of all levels that a write touches. */
+INLINE struct cow_set touched(const struct bs_cow_model *m, const struct cow_ends *ends)
+{
+	return (struct cow_set){{~0ull << ends->first & ~0ull >> (63 - ends->last),
+		m->heap_from[ends->first] & m->heap_to[ends->last]}};
+}
+
+/* The number of levels, from the first on, at which a set has a block, if the first one has. */
+INLINE int levels_of(struct cow_set set)
+{
+	static const uint8_t of_bit[64] = {
+		[2] = 6, 6, [4] = 5, 5, 5, 5, [8 ... 15] = 4, [16 ... 31] = 3, [32 ... 63] = 2};
+
+	return set.w[1] ? of_bit[__builtin_ctzll(set.w[1])] : 1;
 }
 
 INLINE void change_metadata(struct bs_cow_model *m, int depth, uint64_t node, uint32_t device,
@@ -100,7 +121,6 @@ INLINE bool write_node(
 	struct bs_cow_model *m, int depth, uint64_t node, const struct cow_range *range, struct cow_node *n)
 {
 	struct cow_ends ends = cow_ends(m, depth, node, range);
-	struct cow_set new = {{0, 0}};
 
 	if (!n)
 		n = cow_node_find(m, depth, node, range->device);
@@ -109,22 +129,20 @@ INLINE bool write_node(
 	if (!n)
 		return false;
 	cow_node_begin_epoch(m, n);
-	int levels = write_levels(m, depth, n, &ends, &new);
-	if (!levels)
+	struct cow_set new = set_without(touched(m, &ends), n->current);
+	if (!new.w[0])
 		return false;
+	claim(m, depth, n, &ends, new);
 	if (depth)
-		((struct cow_inner *)n)->children |= new.w[0];
-	change_metadata(m, depth, node, range->device, &ends, new, levels);
-	return levels == 6;
+		n->children |= new.w[0];
+	change_metadata(m, depth, node, range->device, &ends, new, levels_of(new));
+	return new.w[1] & 0xc;
 }
 
 INLINE void write_range(struct bs_cow_model *m, const struct cow_range *range, struct cow_node *first)
 {
 	int shift = m->base_shift;
 
-	/* Most likely wanted, and on its way into the cache while depth 0 is worked on. */
-	__builtin_prefetch(cow_table_slot(&m->inners, sizeof(struct cow_inner),
-		cow_index(1, range->begin >> shift >> 12), range->device));
 	for (int depth = 0; depth <= m->top; depth++, shift += 6) {
 		uint64_t node = range->begin >> shift >> 6, last = (range->end - 1) >> shift >> 6;
 		bool climb = write_node(m, depth, node, range, first);
@@ -137,15 +155,84 @@ INLINE void write_range(struct bs_cow_model *m, const struct cow_range *range, s
 	}
 }
 
-FAST static void write_fast(struct bs_cow_model *m, const struct cow_range *range, struct cow_node *first)
+/* Nothing is to be done if every smallest block of the range was written in this epoch. n: the place of the node
+ * where the range begins, NULL if it is not known. */
+INLINE void apply_write(struct bs_cow_model *m, const struct cow_range *range, struct cow_node *n)
 {
-	write_range(m, range, first);
+	uint64_t first = range->begin >> m->base_shift, last = (range->end - 1) >> m->base_shift;
+	uint64_t mask = ~0ull << (first & 63) & ~0ull >> (63 - (last & 63));
+
+	if (first >> 6 != last >> 6 || !n || n->stamp != m->epoch || mask & ~n->current.w[0])
+		write_range(m, range, n && n->stamp ? n : NULL);
 }
 
-void cow_write(struct bs_cow_model *m, const struct cow_range *range, struct cow_node *first)
+INLINE void fetch_group(const struct bs_cow_model *m, const struct bs_request *request)
 {
-	if (m->fast)
-		write_fast(m, range, first);
-	else
-		write_range(m, range, first);
+	uint64_t node = request->offset >> m->base_shift >> 6;
+
+	__builtin_prefetch(cow_nodes_group(&m->nodes, 0, node, request->device));
+}
+
+/* The place of the node where a request begins, on its way into the cache. */
+INLINE struct cow_node *fetch(const struct bs_cow_model *m, const struct bs_request *request)
+{
+	uint64_t node = request->offset >> m->base_shift >> 6;
+	struct cow_node *place = cow_nodes_place(&m->nodes, 0, node, request->device);
+
+	__builtin_prefetch(place);
+	return place;
+}
+
+INLINE uint64_t take_transfers(struct bs_cow_model *m, const struct bs_request *requests, uint64_t count)
+{
+	uint64_t highest = m->trace.highest_byte, limit = cow_minimum(m->grows_at - 1, COW_MAX_END), i = 0;
+	uint64_t counts[2] = {0, 0}, bytes[2] = {0, 0}; /* by kind */
+	uint64_t most = m->snapshot_writes - m->writes, most_bytes = m->snapshot_bytes - m->bytes;
+	struct cow_node *places[AHEAD];
+
+	for (uint64_t k = 0; k < cow_minimum(AHEAD, count); k++)
+		places[k] = fetch(m, &requests[k]);
+	for (; i < count && counts[BS_REQUEST_WRITE] < most && bytes[BS_REQUEST_WRITE] < most_bytes; i++) {
+		const struct bs_request *r = &requests[i];
+		struct cow_range range = {r->offset, r->offset + r->length, r->device};
+		struct cow_node *place = places[i % AHEAD];
+
+		if (r->kind > BS_REQUEST_WRITE || r->length - 1 >= COW_MAX_WRITE || r->time >= m->next_time ||
+			r->offset >= limit || range.end > limit)
+			break;
+		if (i + 2 * AHEAD < count)
+			fetch_group(m, r + 2 * AHEAD);
+		if (i + AHEAD < count)
+			places[i % AHEAD] = fetch(m, r + AHEAD);
+		highest = range.end > highest ? range.end : highest;
+		counts[r->kind]++;
+		bytes[r->kind] += r->length;
+		if (r->kind == BS_REQUEST_WRITE)
+			apply_write(m, &range, place);
+	}
+	m->trace.highest_byte = highest;
+	m->trace.requests += i;
+	m->trace.reads += counts[BS_REQUEST_READ];
+	m->trace.read_bytes += bytes[BS_REQUEST_READ];
+	m->trace.writes += counts[BS_REQUEST_WRITE];
+	m->trace.written_bytes += bytes[BS_REQUEST_WRITE];
+	m->writes += counts[BS_REQUEST_WRITE];
+	m->bytes += bytes[BS_REQUEST_WRITE];
+	m->dirty |= counts[BS_REQUEST_WRITE] > 0;
+	return i;
+}
+
+FAST static uint64_t take_fast(struct bs_cow_model *m, const struct bs_request *requests, uint64_t count)
+{
+	return take_transfers(m, requests, count);
+}
+
+uint64_t cow_take_transfers(struct bs_cow_model *m, const struct bs_request *requests, uint64_t count)
+{
+	return m->fast ? take_fast(m, requests, count) : take_transfers(m, requests, count);
+}
+
+void cow_write(struct bs_cow_model *m, const struct cow_range *range)
+{
+	write_range(m, range, NULL);
 }

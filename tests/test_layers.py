@@ -70,6 +70,7 @@ C_LAYERS = [
     {"map_cache"},
     {"engine"},
     {"dm_reply", "trace_names", "cow_table"},
+    {"cow_nodes"},
     {"fuse_export", "mount", "loop", "confined", "io_priority", "dm_ioctl"},
     {"cow_model", "trace_text", "trace_blktrace", "trace_vscsi", "trace_srt"},
 ]

@@ -17,7 +17,17 @@ from .workload import Outcome
 if TYPE_CHECKING:
     from .testbed import Testbed
 
-__all__ = ["BASE", "Counters", "Phase", "epoch_name", "epoch_of", "latency_over", "sum_of", "summed_parts"]
+__all__ = [
+    "BASE",
+    "Counters",
+    "Figures",
+    "Phase",
+    "epoch_name",
+    "epoch_of",
+    "latency_over",
+    "sum_of",
+    "summed_parts",
+]
 
 BASE = "base image"
 
@@ -44,13 +54,9 @@ class Counters:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Phase:
-    """The figures of one phase, bytes and seconds; None where a driver cannot give one.
+class Figures:
+    """What was counted and timed, bytes and seconds; None where a driver cannot give one."""
 
-    Of the base image nobody but the device's counter tells anything.
-    """
-
-    name: str
     application_bytes: int | None = None
     filesystem_bytes: int | None = None
     backing_bytes: int | None = None
@@ -63,7 +69,6 @@ class Phase:
     seconds: float | None = None
     sync_seconds: float | None = None
     operations: int | None = None
-    samples: Samples | None = None
     latency: Latency | None = None
 
     @property
@@ -77,6 +82,14 @@ class Phase:
     def write_amplification(self) -> float | None:
         written = self.written_bytes
         return None if written is None or not self.application_bytes else written / self.application_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase(Figures):
+    """The figures of one phase. Of the base image nobody but the device's counter tells anything."""
+
+    name: str
+    samples: Samples | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the object of a phase in the JSON result; single samples are in files of their own."""

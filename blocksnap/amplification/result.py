@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..units import format_size
-from .latency import Latency
-from .phases import BASE, Phase
+from .phases import BASE, Figures, Phase
 
 __all__ = [
     "BASELINE",
@@ -74,8 +73,8 @@ class Spread:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measurement:
-    """The figures of one target, bytes and seconds, summed over all epochs.
+class Measurement(Figures):
+    """The figures of one target, summed over all epochs.
 
     write_amplification = backing_bytes / application_bytes; where there is no loop device to count (not
     root), the bytes that the pool counted itself stand in, and write_amplification_source says so.
@@ -86,22 +85,9 @@ class Measurement:
 
     target: Target
     engine: str | None = None
-    application_bytes: int | None = None
     changed_bytes: int | None = None
     changed_bytes_source: str | None = None
-    filesystem_bytes: int | None = None
-    backing_bytes: int | None = None
-    copy_bytes: int | None = None
-    metadata_bytes: int | None = None
-    allocated_bytes: int | None = None
-    allocated_bytes_source: str | None = None
     write_amplification_source: str | None = None
-    parts: Mapping[str, int] | None = None
-    create_seconds: float | None = None
-    seconds: float | None = None
-    sync_seconds: float | None = None
-    operations: int | None = None
-    latency: Latency | None = None
     phases: tuple[Phase, ...] = ()
     runs: tuple["Measurement", ...] = ()
     """Each run, when there were several."""
@@ -116,17 +102,6 @@ class Measurement:
     def epochs(self) -> tuple[Phase, ...]:
         """The phases in which the workload ran."""
         return tuple(phase for phase in self.phases if phase.name != BASE)
-
-    @property
-    def written_bytes(self) -> int | None:
-        """Bytes that reached the backing device: its own counter, else what the pool counted."""
-        if self.backing_bytes is not None or self.parts is None:
-            return self.backing_bytes
-        return sum(self.parts.values())
-
-    @property
-    def write_amplification(self) -> float | None:
-        return _ratio(self.written_bytes, self.application_bytes)
 
     @property
     def space_amplification(self) -> float | None:

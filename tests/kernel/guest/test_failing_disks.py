@@ -4,7 +4,6 @@ With either engine: an error where somebody is told that data are safe, nothing 
 that the error names mends.
 """
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -25,6 +24,7 @@ from blocksnap.pool import Pool
 from blocksnap.pool_scrub import Unreadable
 from blocksnap.user_pool import UserPool
 from tests.kernel.devices import BLOCK, MIB, Disks, read_at
+from tests.kernel.pool_load import Load
 
 SIZES = {"metadata": 2 * MIB, "data": 16 * MIB}
 SIZE, BLOCKS = 4 * MIB, 20
@@ -126,45 +126,6 @@ def write_safely(pool: Pool, content: bytes) -> None:
     pool.device("base").flush()
 
 
-def overwrite(pool: Pool) -> Callable[[], None]:
-    """Return what writes over "base" and makes it safe, again and again, until an error ends it.
-
-    Each time a block of "scratch" comes and goes: the metadata change.
-    """
-
-    def write() -> None:
-        base, scratch = pool.device("base"), pool.create_device("scratch", MIB)
-        for number in range(1_000_000):
-            base.write(number % BLOCKS * BLOCK + 4096, b"y" * 8192)
-            scratch.write(0, b"y" * BLOCK)
-            base.flush()
-            scratch.discard(0, BLOCK)
-
-    return write
-
-
-class Load:
-    """A thread that works until an error, which it keeps."""
-
-    def __init__(self, work: Callable[[], None]) -> None:
-        self.error: BlocksnapError | None = None
-        self._work = work
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._work()
-        except BlocksnapError as error:
-            self.error = error
-
-    def end(self) -> BlocksnapError:
-        self._thread.join(60)
-        assert not self._thread.is_alive(), "the load hangs"
-        assert self.error is not None
-        return self.error
-
-
 # ---- under load
 
 
@@ -175,10 +136,10 @@ def test_disk_that_fails_under_load_is_an_error_and_loses_nothing_that_was_flush
     way: Callable[[Disk], None], part: str, engine: str, parts: Parts, where: dict[str, Any]
 ) -> None:
     with opened(where, engine) as pool:
-        load = Load(overwrite(pool))
+        load = Load(pool, BLOCKS)
         pool.create_device("other", MIB)
         way(parts[part])
-        error = load.end()
+        error = load.ends()
         assert isinstance(error, DeviceIOError | NeedsCheckError), error
         assert "\n" not in str(error)
         # A flush of the target "error" succeeds: without data to write a transaction may.

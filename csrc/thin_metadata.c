@@ -190,6 +190,12 @@ static int check_superblock(struct io *io, const struct disk_superblock *sb)
 			"%s is shorter (%" PRId64 " bytes) than its metadata (%" PRIu64 " blocks): "
 			"restore its size",
 			io->name, size, blocks);
+	/* Each bitmap is a metadata block; the index of them is held in memory. */
+	if (le64_get(sb->data_sm_root.nr_blocks) / ENTRIES_PER_BITMAP >= blocks)
+		return bs_fail(-EUCLEAN,
+			"%s: %" PRIu64 " metadata blocks cannot hold the bitmaps of %" PRIu64
+			" data blocks: run pool check",
+			io->name, blocks, le64_get(sb->data_sm_root.nr_blocks));
 	if (le32_get(sb->time) > MAX_TIME)
 		return bs_fail(-EUCLEAN, "%s: snapshot time %u is out of range: run pool check", io->name,
 			le32_get(sb->time));

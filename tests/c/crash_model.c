@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "crc32c.h"
 #include "disk_format.h"
 #include "engine.h"
 #include "test.h"
@@ -44,6 +45,7 @@ struct crash_model {
 	struct device_model devices[DEVICES];
 	struct moment *moments;
 	size_t nr_moments, moment_capacity;
+	uint64_t judged;
 	int image; /* a file in memory for the checkers, which a failed test leaves nowhere */
 	char image_path[64];
 };
@@ -454,5 +456,11 @@ bool crash_model_judge(struct crash_model *m, size_t position, enum crash_kind k
 
 	crash_state(m->log, 0, position, kind, state_seed, metadata);
 	crash_state(m->log, 1, position, kind, state_seed, data);
+	m->judged = (uint64_t)crc32c(0, metadata, sizeof(metadata)) << 32 | crc32c(0, data, sizeof(data));
 	return metadata_is_clean(m, metadata, with_thin_check) && contents_are_right(metadata, data, &moment);
+}
+
+uint64_t crash_model_judged(const struct crash_model *m)
+{
+	return m->judged;
 }

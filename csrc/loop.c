@@ -250,7 +250,7 @@ int bs_loop_attach(const char *path, unsigned int flags, unsigned int sector_siz
 {
 	struct attach_args args = {.path = path, .config = {.block_size = sector_size}};
 	struct loop_info64 *info = &args.config.info;
-	struct child_reply answer;
+	struct child_reply answer = {0};
 	struct child child;
 
 	info->lo_flags = (flags & BS_LOOP_READ_ONLY ? LO_FLAGS_READ_ONLY : 0) |

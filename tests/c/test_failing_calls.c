@@ -349,6 +349,9 @@ int main(void)
 	nowhere = open("/dev/null", O_WRONLY | O_CLOEXEC);
 	image_write(im);
 	run_all(im, "");
+	im->blocks[im->leaf_c].node.keys[0] = le64_of(50); /* where the leaf before it has one */
+	image_write(im);
+	run_all(im, " of a tree that does not fit");
 	im->blocks[im->leaf_b].node.keys[3] = le64_of(7); /* out of order */
 	image_write(im);
 	run_all(im, " of a bad leaf");

@@ -540,8 +540,9 @@ struct bs_cow_epoch {
 	uint64_t blocks_allocated;
 	uint64_t blocks_freed; /* allocated and unmapped within the epoch */
 	uint64_t
-		blocks_exclusive; /* held by the snapshot at the end of the epoch alone; of the running epoch: by the
-				    * devices alone */
+		blocks_exclusive; /* held by the snapshot at its end alone; of the running one: by the devices alone */
+	uint64_t blocks_copied;
+	uint64_t metadata_blocks; /* of commits in the epoch, the one of the snapshot at its end among them */
 };
 
 struct bs_cow_model;
@@ -558,7 +559,8 @@ void bs_cow_model_trace(const struct bs_cow_model *model, struct bs_cow_trace *r
 /* By block size; returns the number of block sizes. What is pending of metadata counts as committed. */
 int bs_cow_model_results(struct bs_cow_model *model, struct bs_cow_result *out, int capacity);
 /* Records of a block size from number begin on, the last one being the running epoch; returns the number written
- * to out. Their number is bounded: when there are too many, each comes to stand for twice as many epochs. */
+ * to out. Their number is bounded: when there are too many, each comes to stand for twice as many epochs. What is
+ * pending of metadata counts as committed. */
 int bs_cow_model_epochs(
-	const struct bs_cow_model *model, int size, uint64_t begin, struct bs_cow_epoch *out, int capacity);
+	struct bs_cow_model *model, int size, uint64_t begin, struct bs_cow_epoch *out, int capacity);
 uint64_t bs_cow_model_epochs_a_record(const struct bs_cow_model *model);

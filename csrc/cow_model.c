@@ -161,6 +161,8 @@ static void add_epoch(struct bs_cow_epoch *to, const struct bs_cow_epoch *from)
 	to->blocks_allocated += from->blocks_allocated;
 	to->blocks_freed += from->blocks_freed;
 	to->blocks_exclusive += from->blocks_exclusive;
+	to->blocks_copied += from->blocks_copied;
+	to->metadata_blocks += from->metadata_blocks;
 }
 
 /* What the running epoch adds to its own record, and to that of the snapshot at its beginning. */
@@ -170,7 +172,9 @@ static struct bs_cow_epoch running_epoch(const struct bs_cow_model *m, int level
 	int j = level % 6;
 
 	return (struct bs_cow_epoch){.blocks_allocated = now->allocated[j] - before->allocated[j],
-		.blocks_freed = now->freed[j] - before->freed[j]};
+		.blocks_freed = now->freed[j] - before->freed[j],
+		.blocks_copied = now->copied[j] - before->copied[j],
+		.metadata_blocks = m->levels[level].metadata_blocks - m->levels[level].metadata_before};
 }
 
 static struct bs_cow_epoch superseded(const struct bs_cow_model *m, int level)
@@ -232,6 +236,8 @@ static void end_epoch(struct bs_cow_model *m)
 		if (m->epoch > 1)
 			add_epoch(&m->epochs[record_of(m, m->epoch - 1) * m->nr_sizes + i], &before);
 	}
+	for (int i = 0; i < m->nr_sizes; i++)
+		m->levels[m->sizes[i]].metadata_before = m->levels[m->sizes[i]].metadata_blocks;
 	memcpy(m->before, m->sums, sizeof(m->before));
 	m->epoch++;
 	m->writes = m->bytes = 0;
@@ -428,14 +434,15 @@ int bs_cow_model_results(struct bs_cow_model *m, struct bs_cow_result *out, int 
 }
 
 int bs_cow_model_epochs(
-	const struct bs_cow_model *m, int size, uint64_t begin, struct bs_cow_epoch *out, int capacity)
+	struct bs_cow_model *m, int size, uint64_t begin, struct bs_cow_epoch *out, int capacity)
 {
-	uint64_t last = record_of(m, m->epoch);
+	uint64_t last = record_of(m, m->epoch), pending[COW_LEVELS];
 	int n = 0;
 
 	if (size < 0 || size >= m->nr_sizes)
 		return bs_fail(-EINVAL, "the model has %d block sizes", m->nr_sizes);
 	int level = m->sizes[size];
+	cow_metadata_pending(m, pending);
 	for (; n < capacity && begin <= last; n++, begin++) {
 		out[n] = (struct bs_cow_epoch){0};
 		if (begin < m->records)
@@ -449,6 +456,7 @@ int bs_cow_model_epochs(
 			struct bs_cow_epoch running = running_epoch(m, level);
 
 			running.blocks_exclusive = running.blocks_allocated - running.blocks_freed;
+			running.metadata_blocks += pending[level];
 			add_epoch(&out[n], &running);
 		}
 	}

@@ -50,11 +50,11 @@ struct cow_pending {
 };
 
 struct cow_level {
-	uint64_t metadata_blocks, commits;
-	struct cow_pending pending; /* as of cow_metadata_pending() */
-	uint64_t allocated;         /* when the transaction began */
-	uint64_t unmapped_leaves;   /* of the transaction, without marks, inside large ranges */
-	int height;                 /* of the mapping tree */
+	uint64_t metadata_blocks, metadata_before, commits; /* before: when the epoch began */
+	struct cow_pending pending;                         /* as of cow_metadata_pending() */
+	uint64_t allocated;                                 /* when the transaction began */
+	uint64_t unmapped_leaves; /* of the transaction, without marks, inside large ranges */
+	int height;               /* of the mapping tree */
 };
 
 /* What changed last in this transaction: the leaf of level 6 * depth, and those it lies in at the next

@@ -20,9 +20,9 @@
 
 typedef uint64_t lanes __attribute__((vector_size(32), aligned(8)));
 
-/* Block b of the first level lies in bit (heap + b) >> shift of the others' words. */
-static const uint64_t shift[COW_LANES] = {0, 1, 2, 3, 4, 5, 0, 0};
-static const uint64_t heap[COW_LANES] = {0, 64, 64, 64, 64, 64, 0, 0};
+/* Block b of the first level lies in bit (lane_heap + b) >> lane_shift of the others' words. */
+static const uint64_t lane_shift[COW_LANES] = {0, 1, 2, 3, 4, 5, 0, 0};
+static const uint64_t lane_heap[COW_LANES] = {0, 64, 64, 64, 64, 64, 0, 0};
 
 #define LANES(array) (*(const lanes *)(array))
 
@@ -34,9 +34,9 @@ INLINE void add_parts(const struct bs_cow_model *m, int depth, const struct cow_
 #pragma GCC unroll 2
 	for (int i = 0; i < COW_LANES; i += 4) {
 		lanes word = {i ? new.w[1] : new.w[0], new.w[1], i ? 0 : new.w[1], i ? 0 : new.w[1]};
-		lanes j = LANES(shift + i), inside = LANES(m->inside[depth] + i);
-		lanes first = (LANES(heap + i) + ends->first) >> j,
-		      last = (LANES(heap + i) + ends->last) >> j;
+		lanes j = LANES(lane_shift + i), inside = LANES(m->inside[depth] + i);
+		lanes first = (LANES(lane_heap + i) + ends->first) >> j,
+		      last = (LANES(lane_heap + i) + ends->last) >> j;
 		lanes new_first = -(word >> first & 1), new_last = -(word >> last & 1);
 		lanes head = new_first & ends->begin & inside, tail = new_last & -ends->end & inside;
 		lanes has_head = (lanes)(head != 0), has_tail = (lanes)(tail != 0);

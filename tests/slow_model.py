@@ -41,6 +41,8 @@ class SlowModel:
     allocated: Counter[int] = field(default_factory=Counter)
     freed: Counter[int] = field(default_factory=Counter)
     exclusive: Counter[int] = field(default_factory=Counter)
+    copied: Counter[int] = field(default_factory=Counter)
+    metadata: Counter[int] = field(default_factory=Counter)
     blocks: dict[tuple[int, int], int] = field(default_factory=dict)
     _changed_leaves: set[tuple[int, int]] = field(default_factory=set)
     _leaf_epochs: defaultdict[tuple[int, int], set[int]] = field(default_factory=lambda: defaultdict(set))
@@ -84,11 +86,15 @@ class SlowModel:
             "commits": self.counts["commits"],
         }
 
-    def epochs(self) -> list[tuple[int, int, int]]:
-        """Return the blocks allocated, freed and exclusively held of each epoch."""
+    def epochs(self) -> list[tuple[int, int, int, int, int]]:
+        """Return the blocks allocated, freed, exclusively held, copied and of metadata of each epoch."""
+        self._commit()
         exclusive = self.exclusive.copy()
         exclusive[self.epoch] = self.allocated[self.epoch] - self.freed[self.epoch]
-        return [(self.allocated[e], self.freed[e], exclusive[e]) for e in range(1, self.epoch + 1)]
+        return [
+            (self.allocated[e], self.freed[e], exclusive[e], self.copied[e], self.metadata[e])
+            for e in range(1, self.epoch + 1)
+        ]
 
     # ---- what happens to a block
 
@@ -109,6 +115,7 @@ class SlowModel:
             self.counts["overwritten"] += 1
         else:
             self.counts["copied"] += 1
+            self.copied[self.epoch] += 1
             self.counts["copied_bytes"] += self.block_size - piece
         self._leave(key)
         self._changed_leaves.add((key[0], key[1] // LEAF))
@@ -199,10 +206,10 @@ class SlowModel:
         return count + overflow + inner + bitmaps + -(-self._new_blocks // BITMAP)
 
     def _commit(self, snapshot: bool = False) -> None:
-        if self._changed_leaves:
-            self.counts["metadata_blocks"] += FIXED_BLOCKS + self._changed_blocks()
-        elif snapshot:
-            self.counts["metadata_blocks"] += FIXED_BLOCKS
+        if self._changed_leaves or snapshot:
+            blocks = FIXED_BLOCKS + self._changed_blocks()
+            self.counts["metadata_blocks"] += blocks
+            self.metadata[self.epoch] += blocks
         for leaf in self._changed_leaves:
             self._leaf_epochs[leaf].add(self.epoch)
         self.counts["commits"] += snapshot or len(self._changed_leaves) > 0

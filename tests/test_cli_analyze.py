@@ -111,10 +111,18 @@ def test_table_and_advice_go_to_stdout_and_the_files_to_out(tmp_path: Path) -> N
     with (out / "epochs.csv").open() as file:
         epochs = list(csv.DictReader(file))
     for row in results:
-        space = sum(
-            int(each["space_bytes"]) for each in epochs if int(each["block_size"]) == row["block_size"]
-        )
-        assert space == row["space_bytes"]
+        own = [each for each in epochs if int(each["block_size"]) == row["block_size"]]
+        for name in ("space_bytes", "copy_bytes", "metadata_bytes"):
+            assert sum(int(each[name]) for each in own) == row[name]
+
+
+def test_epochs_are_told_in_the_table_and_in_json(tmp_path: Path) -> None:
+    assert "per epoch" in run(trace(tmp_path), "--snapshot-every", "16").stdout
+    assert "per epoch" not in run(trace(tmp_path)).stdout
+    result = analyze(trace(tmp_path), "--snapshot-every", "16", "--block-sizes", "64K")
+    (epochs,) = result["epochs"]
+    assert epochs["records"] == result["trace"]["snapshots"] + 1
+    assert epochs["copy_bytes"]["max"] <= result["results"][0]["copy_bytes"]
 
 
 def test_files_have_parquet_too_where_polars_is(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What the model predicts for a trace is what the user engine does, block for block."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -41,10 +42,11 @@ def drawn(seed: int) -> Requests:
     return requests
 
 
-def replay(device: ThinDevice, requests: Requests) -> int:
-    """Do what the requests say, with a snapshot after every EVERY writes; return how many were taken."""
+def replay(pool: Pool, device: ThinDevice, requests: Requests) -> list[int]:
+    """Do what the requests say, with a snapshot after every EVERY writes; return what each epoch copied."""
     content = memoryview(bytes(DEVICE))
     writes = 0
+    copied = [blocks_copied(pool)]
     for request in requests:
         offset, length = int(request["offset"]), int(request["length"])
         if request["kind"] == DISCARD:
@@ -54,23 +56,30 @@ def replay(device: ThinDevice, requests: Requests) -> int:
         writes += 1
         if writes % EVERY == 0:
             device.snapshot(f"after-{writes}")
-    return writes // EVERY
+            copied.append(blocks_copied(pool))
+    copied.append(blocks_copied(pool))
+    return [after - before for before, after in itertools.pairwise(copied)]
 
 
-def engine_counts(path: Path, requests: Requests, block_size: int, *, fresh: bool) -> dict[str, int | None]:
+def blocks_copied(pool: Pool) -> int:
+    return pool.status().counters.blocks_copied or 0
+
+
+def engine_counts(path: Path, requests: Requests, block_size: int, *, fresh: bool) -> dict[str, object]:
     with Pool.create(path, size="1G", block_size=block_size) as pool:
         device = pool.create_device("traced", DEVICE)
         if not fresh:
             device.write(0, bytes(DEVICE))
             device.snapshot("parent")
         before = pool.status().counters
-        replay(device, requests)
+        by_epoch = replay(pool, device, requests)
         after = pool.status().counters
     names = ("blocks_provisioned", "blocks_copied", "blocks_overwritten", "copied_bytes", "zero_filled_bytes")
-    return {name: (getattr(after, name) or 0) - (getattr(before, name) or 0) for name in names}
+    counts = {name: (getattr(after, name) or 0) - (getattr(before, name) or 0) for name in names}
+    return {**counts, "copied_by_epoch": by_epoch}
 
 
-def model_counts(requests: Requests, *, fresh: bool) -> dict[int, dict[str, int | None]]:
+def model_counts(requests: Requests, *, fresh: bool) -> dict[int, dict[str, object]]:
     with CowModel(BLOCK_SIZES, fresh=fresh, snapshot_every=SnapshotEvery(writes=EVERY)) as model:
         model.feed(requests)
         return {
@@ -80,6 +89,7 @@ def model_counts(requests: Requests, *, fresh: bool) -> dict[int, dict[str, int 
                 "blocks_overwritten": one.blocks_overwritten,
                 "copied_bytes": one.copied_bytes,
                 "zero_filled_bytes": one.zero_filled_bytes,
+                "copied_by_epoch": model.epochs(one.block_size)["blocks_copied"].tolist(),
             }
             for one in model.results()
         }

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ..errors import ArgumentError
 from ..traces import WRITE, Requests, Trace
 from .advice import Advice, Costs, Prices, advise
+from .epoch_figures import epoch_summaries
 from .model import DEFAULT_MODEL_BLOCK_SIZES, BlockSizeResult, CowModel, SnapshotEvery, TraceCounts
 
 __all__ = ["Analysis", "analyze"]
@@ -62,6 +63,7 @@ class Analysis:
             "results": [result.as_dict() for result in self.results],
             "advice": self.advice.as_dict() if self.advice else None,
             "fresh": self.fresh,
+            "epochs": epoch_summaries(self.epochs),
             "epochs_a_record": self.epochs_a_record,
             "memory_bytes": memory_bytes,
             "seconds": self.seconds,

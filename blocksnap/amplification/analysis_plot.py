@@ -1,4 +1,4 @@
-"""The plot of an analysed trace: what each block size costs, and how space grows over the epochs.
+"""The plot of an analysed trace: what each block size costs, and what the epochs add in space, copy and hold.
 
 Made for black-and-white print, like the plot of a comparison.
 """
@@ -12,6 +12,7 @@ import numpy as np
 
 from ..units import format_size
 from .analysis import Analysis
+from .epoch_figures import bytes_of_epochs
 from .figures import format_ratio
 
 if TYPE_CHECKING:
@@ -40,11 +41,15 @@ def write_plot(analysis: Analysis, directory: Path) -> list[Path]:
         "axes.spines.right": False,
     }
     with rc_context(settings):
-        figure = Figure(figsize=(10, 4.4), layout="constrained")
+        rows = 2 if analysis.counts.snapshots else 1
+        figure = Figure(figsize=(10, 4.4 * rows), layout="constrained")
         FigureCanvasAgg(figure)
-        left, right = figure.subplots(1, 2)
-        _draw_costs(left, analysis)
-        _draw_space(right, analysis)
+        axes = figure.subplots(rows, 2, squeeze=False)
+        _draw_costs(axes[0][0], analysis)
+        _draw_space(axes[0][1], analysis)
+        if rows == 2:
+            _draw_epochs(axes[1][0], analysis, "copy_bytes", "Bytes copied in each epoch")
+            _draw_epochs(axes[1][1], analysis, "exclusive_bytes", "What each snapshot holds alone")
         paths = [directory / f"analysis.{suffix}" for suffix in ("png", "svg")]
         figure.savefig(paths[0], dpi=160)
         figure.savefig(paths[1], metadata={"Date": None})
@@ -99,28 +104,37 @@ def _cut_off(axes: "Axes", totals: Any) -> None:
 def _draw_space(axes: "Axes", analysis: Analysis) -> None:
     """Draw the new space after each epoch for some block sizes."""
     for dash, size in zip(_DASHES, _shown(analysis), strict=False):
-        records = analysis.epochs[size]
-        kept = records["blocks_allocated"].astype(float) - records["blocks_freed"]
-        space = np.concatenate([[0.0], np.cumsum(kept) * size])
-        axes.plot(
-            np.arange(len(space)) * analysis.epochs_a_record,
-            space,
-            color="black",
-            linewidth=1.3,
-            linestyle=dash,
-            label=format_size(size),
-        )
+        kept = bytes_of_epochs(analysis.epochs[size], size)["space_bytes"]
+        space = np.concatenate([[0.0], np.cumsum(kept.astype(float))])
+        axes.plot(np.arange(len(space)) * analysis.epochs_a_record, space, **_line(size, dash))
+    _label(axes, "new space", "Space that devices and snapshots hold")
+
+
+def _draw_epochs(axes: "Axes", analysis: Analysis, name: str, title: str) -> None:
+    """Draw a figure of each epoch as a step for some block sizes."""
+    many = analysis.epochs_a_record
+    for dash, size in zip(_DASHES, _shown(analysis), strict=False):
+        values = bytes_of_epochs(analysis.epochs[size], size)[name].astype(float)
+        axes.stairs(values, np.arange(len(values) + 1) * many, baseline=None, **_line(size, dash))
+    _label(axes, "bytes" if many == 1 else f"bytes in {many} epochs", title)
+
+
+def _line(size: int, dash: Any) -> dict[str, Any]:
+    return {"color": "black", "linewidth": 1.3, "linestyle": dash, "label": format_size(size)}
+
+
+def _label(axes: "Axes", ordinate: str, title: str) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
 
+    axes.set_ylim(bottom=0)
     step = 2.0 ** math.ceil(math.log2(max(axes.get_ylim()[1], 4096) / 6))
     axes.yaxis.set_major_locator(MultipleLocator(step))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_size(int(value))))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
     axes.set_xlabel("epoch (the time between two snapshots)")
-    axes.set_ylabel("new space")
-    axes.set_title("Space that devices and snapshots hold", loc="left", fontsize=10)
+    axes.set_ylabel(ordinate)
+    axes.set_title(title, loc="left", fontsize=10)
     axes.legend(frameon=False, loc="upper left", fontsize=8, title="block size", title_fontsize=8)
 
 

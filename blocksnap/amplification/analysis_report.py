@@ -2,11 +2,13 @@
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.table import Table
 
 from ..errors import NotSupportedError
@@ -14,10 +16,11 @@ from ..traces.parquet import polars
 from ..units import format_size
 from .analysis import Analysis
 from .analysis_plot import write_plot
+from .epoch_figures import EPOCH_BYTES, bytes_of_epochs, epoch_rows, median_and_most
 from .figures import format_bytes, format_ratio
 from .model import BlockSizeResult
 
-__all__ = ["analysis_notes", "analysis_table", "summary", "write_analysis"]
+__all__ = ["analysis_notes", "analysis_table", "epoch_table", "summary", "write_analysis"]
 
 _MANY_DEVICES = 4
 
@@ -77,6 +80,34 @@ def analysis_table(analysis: Analysis) -> Table:
     return table
 
 
+_EPOCH_HEADS = ("bytes\ncopied", "metadata\nwritten", "new\nspace", "held by its\nsnapshot alone")
+
+
+def epoch_table(analysis: Analysis) -> Table | None:
+    """Return the table of epochs, "median / most" of each figure; None without a snapshot."""
+    if not analysis.counts.snapshots:
+        return None
+    many = analysis.epochs_a_record
+    table = Table(
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+        title="per epoch, median / most" if many == 1 else f"per {many} epochs, median / most",
+        title_justify="left",
+        title_style="",
+    )
+    for head in ("block\nsize", *_EPOCH_HEADS):
+        table.add_column(head, justify="right", no_wrap=True)
+    for size, records in analysis.epochs.items():
+        figures = bytes_of_epochs(records, size)
+        table.add_row(format_size(size), *(_median_and_most(figures[name]) for name in EPOCH_BYTES))
+    return table
+
+
+def _median_and_most(values: NDArray[np.uint64]) -> str:
+    return " / ".join(map(format_size, median_and_most(values)))
+
+
 def analysis_notes(analysis: Analysis) -> list[str]:
     """Return the advice in words, and what a person should know of the trace."""
     said = analysis.advice.sentences() if analysis.advice else ["Nothing was written: there is no advice."]
@@ -98,7 +129,7 @@ def write_analysis(analysis: Analysis, directory: Path) -> list[Path]:
     """Write results and epochs as JSON, CSV and, where polars is, parquet, and the plot; return the paths."""
     directory.mkdir(parents=True, exist_ok=True)
     results = [dict(row.as_dict()) for row in analysis.results]
-    epochs = list(_epoch_rows(analysis))
+    epochs = list(epoch_rows(analysis.epochs, analysis.epochs_a_record))
     json_path = directory / "results.json"
     json_path.write_text(json.dumps(analysis.as_dict(), indent=2) + "\n")
     paths = [json_path]
@@ -108,21 +139,6 @@ def write_analysis(analysis: Analysis, directory: Path) -> list[Path]:
             *_write_parquet(directory / f"{name}.parquet", rows),
         ]
     return paths + write_plot(analysis, directory)
-
-
-def _epoch_rows(analysis: Analysis) -> Iterator[dict[str, Any]]:
-    """Yield a row for each record of epochs; exclusive: what the deletion of its snapshot would free."""
-    for size, records in analysis.epochs.items():
-        for number, (allocated, freed, exclusive) in enumerate(records.tolist()):
-            yield {
-                "block_size": size,
-                "epoch": number * analysis.epochs_a_record,
-                "blocks_allocated": allocated,
-                "blocks_freed": freed,
-                "blocks_exclusive": exclusive,
-                "space_bytes": (allocated - freed) * size,
-                "exclusive_bytes": exclusive * size,
-            }
 
 
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> Path:

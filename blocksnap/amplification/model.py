@@ -31,6 +31,7 @@ from ..units import Size, format_size, parse_size
 __all__ = [
     "DEFAULT_MODEL_BLOCK_SIZES",
     "EPOCH",
+    "METADATA_BLOCK",
     "BlockSizeResult",
     "CowModel",
     "SnapshotEvery",
@@ -44,12 +45,14 @@ METADATA_BLOCK = 4096
 SECOND = 10**9
 COMMIT_SECONDS = 1.0
 
-EPOCH = np.dtype([("blocks_allocated", "u8"), ("blocks_freed", "u8"), ("blocks_exclusive", "u8")])
+_EPOCH_FIGURES = ("blocks_allocated", "blocks_freed", "blocks_exclusive", "blocks_copied", "metadata_blocks")
+EPOCH = np.dtype([(name, "u8") for name in _EPOCH_FIGURES])
 """blocks_allocated: new data blocks in the epoch; blocks_freed: those of them that a discard unmapped again
-before its end. blocks_exclusive: what only the snapshot at the end of the epoch holds, and its deletion
-would free: blocks allocated in the epoch that lost their mapping, by a write or a discard, before the next
-snapshot. In the last record, the running epoch, it is what the devices alone hold. The parent stays, so that
-its own blocks are exclusive to no snapshot; what it alone holds is in no record."""
+before its end; blocks_copied: those made by a copy. metadata_blocks: what the commits in it wrote, the one of
+the snapshot at its end among them. blocks_exclusive: what only that snapshot holds, and its deletion would
+free: blocks allocated in the epoch that lost their mapping, by a write or discard, before the next snapshot.
+In the last record, the running epoch, it is what the devices alone hold. The parent stays, so that its own
+blocks are exclusive to no snapshot; what it alone holds is in no record."""
 
 
 @dataclass(frozen=True, slots=True)

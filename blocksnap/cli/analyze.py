@@ -147,7 +147,13 @@ def _progress(trace: Trace) -> Iterator[_Show]:
 
 
 def _report(analysis: "Analysis", trace: Trace, out: Path | None, as_json: bool) -> None:
-    from ..amplification.analysis_report import analysis_notes, analysis_table, summary, write_analysis
+    from ..amplification.analysis_report import (
+        analysis_notes,
+        analysis_table,
+        epoch_table,
+        summary,
+        write_analysis,
+    )
 
     paths = write_analysis(analysis, out) if out is not None else []
     if as_json:
@@ -157,6 +163,10 @@ def _report(analysis: "Analysis", trace: Trace, out: Path | None, as_json: bool)
         stdout.print()
         stdout.print(analysis_table(analysis))
         stdout.print()
+        epochs = epoch_table(analysis)
+        if epochs:
+            stdout.print(epochs)
+            stdout.print()
         for sentence in analysis_notes(analysis):
             stdout.print(sentence, soft_wrap=True)
     rate = analysis.requests_per_second / 1e6

@@ -191,6 +191,9 @@ static void test_exclusive_is_what_only_one_snapshot_holds(void)
 	CHECK_EQ(epoch(model, 1, 2).blocks_exclusive, 1);
 	CHECK_EQ(epoch(model, 1, 0).blocks_allocated, 3);
 	CHECK_EQ(epoch(model, 1, 1).blocks_allocated, 1);
+	CHECK_EQ(epoch(model, 1, 0).blocks_copied, 0);
+	CHECK_EQ(epoch(model, 1, 1).blocks_copied, 1);
+	CHECK_EQ(epoch(model, 1, 2).blocks_copied, 1);
 	bs_cow_model_destroy(model);
 }
 
@@ -236,7 +239,7 @@ static void test_many_epochs_are_summed_up(void)
 {
 	struct bs_cow_model *model = make((struct bs_cow_options){.snapshot_writes = 1});
 	static struct bs_cow_epoch epochs[65536];
-	uint64_t allocated = 0, exclusive = 0;
+	uint64_t allocated = 0, exclusive = 0, copied = 0, metadata = 0;
 
 	for (int i = 0; i < 150000; i++)
 		write_to(model, 0, 1);
@@ -246,8 +249,12 @@ static void test_many_epochs_are_summed_up(void)
 	for (int i = 0; i < n; i++) {
 		allocated += epochs[i].blocks_allocated;
 		exclusive += epochs[i].blocks_exclusive;
+		copied += epochs[i].blocks_copied;
+		metadata += epochs[i].metadata_blocks;
 	}
 	CHECK_EQ(allocated, 150000);
+	CHECK_EQ(copied, 150000);
+	CHECK_EQ(metadata, result(model, 0).metadata_blocks);
 	CHECK_EQ(exclusive, 149999); /* the last block both the last snapshot and the device hold */
 	CHECK_EQ(bs_cow_model_epochs(model, 0, n, epochs, 1), 0);
 	CHECK_EQ(bs_cow_model_epochs(model, 3, 0, epochs, 1), -EINVAL);

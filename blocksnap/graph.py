@@ -28,6 +28,7 @@ from .graph_layers import LayerBuild, Layers, Progress, new_id
 from .graph_names import check_container_name, check_image_name, find_image
 from .graph_store import ContainerRow, GraphStore, ImageRow, LayerRow
 from .oci.layer import Compression
+from .units import Size
 
 __all__ = ["Container", "Image", "ImageGraph", "Layer", "LayerNode", "Progress"]
 
@@ -213,10 +214,14 @@ class ImageGraph:
         with self.driver.mounted(id) as root:
             yield root
 
-    def create_container(self, name: str, image: Image | str) -> Container:
-        """Make a container, a writable layer on top of an image."""
+    def create_container(self, name: str, image: Image | str, *, size: Size | None = None) -> Container:
+        """Make a container, a writable layer on top of an image, of a limited size if one is given.
+
+        Raises NotSupportedError where the driver cannot limit a layer.
+        """
+        options = {} if size is None else {"size": str(size)}
         with self._new_container(name, self._resolve(image)) as (id, parent):
-            self.driver.create_read_write(id, parent)
+            self.driver.create_read_write(id, parent, storage_opt=options)
         return self.get_container(name)
 
     def snapshot(self, container: str, new_name: str) -> Container:

@@ -1,5 +1,6 @@
 """blocksnap container ... as people and scripts use it."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,25 @@ def test_container_is_created_listed_and_removed(root: Path, command_line: Comma
     assert "app:1" in command_line.text("container", "list", "--root", root)
     command_line.text("container", "remove", "c", "--root", root)
     assert command_line.json("container", "list", "--root", root) == []
+
+
+def test_size_is_refused_by_a_driver_that_has_none(root: Path, command_line: CommandLine) -> None:
+    arguments = ("container", "create", "c", "--image", "app:1", "--root", root, "--size")
+    assert "take thin, btrfs or qcow2" in command_line.fails(1, *arguments, "1G")
+    assert "layer size" in command_line.fails(2, *arguments, "large")
+    assert command_line.json("container", "list", "--root", root) == []
+
+
+@needs_mounts
+def test_container_has_the_size_that_it_was_given(
+    tmp_path: Path, layout: Layout, command_line: CommandLine
+) -> None:
+    root = make_root(tmp_path, layout, command_line, "thin")
+    command_line.text("container", "create", "c", "--image", "app:1", "--root", root, "--size", "12G")
+    path = command_line.text("container", "mount", "c", "--root", root).strip()
+    space = os.statvfs(path)
+    command_line.text("container", "umount", "c", "--root", root)
+    assert 11 << 30 < space.f_blocks * space.f_frsize <= 12 << 30
 
 
 def test_mount_lasts_until_umount(root: Path, command_line: CommandLine) -> None:

@@ -32,12 +32,15 @@ def create(
     root: RootOption,
     name: NameArgument,
     image: Annotated[str, typer.Option("--image", metavar="REF", help="The image to start from.")],
+    size: Annotated[
+        str | None, typer.Option("--size", help="The most it may hold (thin, btrfs, qcow2): 10G.")
+    ] = None,
     driver: DriverOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make a container, a writable layer on top of an image."""
     with open_graph(root, driver) as graph:
-        made = graph.create_container(name, image)
+        made = graph.create_container(name, image, size=size)
     if as_json:
         print_json(_described(made))
 

@@ -292,7 +292,8 @@ class Driver(ABC):
     def _create_limited(self, id: str, parent: str | None, *, writable: bool, size: int) -> None:  # noqa: ARG002
         """Make a layer of limited size; for drivers that can."""
         raise NotSupportedError(
-            f'driver "{self.name}" cannot limit layer "{id}" to a size: leave the storage option size out'
+            f'driver "{self.name}" cannot limit layer "{id}" to a size: leave the size out, '
+            "or take thin, btrfs or qcow2"
         )
 
     @abstractmethod

@@ -18,11 +18,15 @@
 #include <sys/stat.h>
 #include <sys/statfs.h>
 #include <sys/sysmacros.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "blocksnap.h"
 #include "child_process.h"
 #include "error.h"
+
+#define UMOUNT_PAUSE_MS 5
+#define UMOUNT_PATIENCE_MS 500
 
 /* ---- mounts ------------------------------------------------------ */
 
@@ -89,11 +93,20 @@ int bs_mount(const char *source, const char *target, const char *type, unsigned 
 	return r < 0 ? mount_failed(&args, r) : 0;
 }
 
+/* Whatever forks has for a moment also the files open that its maker has just closed: a new child of another
+ * thread here, or of another program. So a busy file system is asked again before it is called so. */
 static void umount_child(const void *args, int socket)
 {
 	const struct mount_args *a = args;
+	int r;
 
-	child_reply(socket, umount2(a->target, (int)a->flags) < 0 ? -errno : 0, 0);
+	for (int waited = 0;; waited += UMOUNT_PAUSE_MS) {
+		r = umount2(a->target, (int)a->flags) < 0 ? -errno : 0;
+		if (r != -EBUSY || a->flags || waited >= UMOUNT_PATIENCE_MS)
+			break;
+		nanosleep(&(struct timespec){.tv_nsec = UMOUNT_PAUSE_MS * 1000000L}, NULL);
+	}
+	child_reply(socket, r, 0);
 }
 
 int bs_umount(const char *target, int flags)

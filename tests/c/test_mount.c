@@ -225,6 +225,39 @@ static void test_read_only_bind_refuses_writes(void)
 	CHECK(rmdir(source) == 0 && rmdir(target) == 0);
 }
 
+/* As a child process does between its fork and the closing of what it does not need. */
+static void test_who_has_a_file_open_for_a_moment_does_not_keep_a_mount(void)
+{
+	int number = mount_ext4(), ends[2];
+	char path[160], byte;
+
+	snprintf(path, sizeof(path), "%s/file", in_directory("mnt"));
+	CHECK(pipe(ends) == 0);
+	if (fork() == 0) {
+		open(path, O_RDWR | O_CREAT, 0600);
+		write(ends[1], "", 1);
+		nanosleep(&(struct timespec){.tv_nsec = 100000000}, NULL);
+		_exit(0);
+	}
+	CHECK(read(ends[0], &byte, 1) == 1);
+	CHECK(umount2(in_directory("mnt"), 0) < 0);
+	unmount_ext4(number);
+	wait(NULL);
+	close(ends[0]);
+	close(ends[1]);
+}
+
+static void test_a_mount_in_use_is_busy(void)
+{
+	int number = mount_ext4();
+	int fd = open(in_directory("mnt"), O_RDONLY | O_CLOEXEC);
+
+	CHECK_EQ(bs_umount(in_directory("mnt"), 0), -EBUSY);
+	CHECK(strstr(bs_last_error(), "files on it are open"));
+	close(fd);
+	unmount_ext4(number);
+}
+
 static void test_frozen_file_system_takes_writes_only_after_the_thaw(void)
 {
 	int number = mount_ext4();
@@ -308,6 +341,8 @@ int main(void)
 	RUN(test_what_cannot_be_attached_is_refused);
 	RUN(test_mount_errors_name_both_sides);
 	RUN(test_read_only_bind_refuses_writes);
+	RUN(test_who_has_a_file_open_for_a_moment_does_not_keep_a_mount);
+	RUN(test_a_mount_in_use_is_busy);
 	RUN(test_frozen_file_system_takes_writes_only_after_the_thaw);
 	RUN(test_killed_freezer_leaves_nothing_frozen);
 	RUN(test_freeze_that_runs_out_of_time_is_undone);

@@ -16,6 +16,7 @@ from blocksnap.pool import Pool
 from blocksnap.space_policy import ExtendPolicy, PoolEvent, PoolExtended
 from blocksnap.thin_device import ThinDevice
 from tests.kernel.devices import leftovers
+from tests.pool_servers import wait_until
 
 MIB = 1 << 20
 BLOCK = 64 << 10
@@ -126,7 +127,7 @@ def test_a_pool_on_devices_grows_into_the_rest_of_its_data_device(path: Path) ->
     ):
         device = pool.create_device("a", "96M")
         device.write(0, b"x" * (40 * MIB))
-        assert pool.status().data_bytes == 64 * MIB
+        wait_until(lambda: pool.status().data_bytes == 64 * MIB)
         with pytest.raises(OSError, match="full"):
             device.write(0, b"x" * (96 * MIB))
         assert pool.status().data_bytes == 64 * MIB

@@ -25,6 +25,7 @@ __all__ = [
     "device_number",
     "encode_text",
     "growing",
+    "require_interface",
 ]
 
 UUID_PREFIX = "BLOCKSNAP-"
@@ -123,6 +124,13 @@ def device_info(struct: Any) -> DeviceInfo:
     )
 
 
+def require_interface(version: tuple[int, int, int]) -> None:
+    """Raise NotSupportedError for an interface that lacks what we use."""
+    if version[0] != 4 or version[1] < _OLDEST_INTERFACE:
+        found = ".".join(map(str, version))
+        raise NotSupportedError(f"device-mapper interface {found} is too old: it takes Linux 4.13 or later")
+
+
 class Control:
     """The kernel's device-mapper, opened. One is enough for all pools of a process."""
 
@@ -144,11 +152,7 @@ class Control:
         try:
             version = ffi.new("uint32_t[3]")
             check(lib.bs_dm_version(fd, version))
-            if version[0] != 4 or version[1] < _OLDEST_INTERFACE:
-                found = ".".join(map(str, version))
-                raise NotSupportedError(
-                    f"device-mapper interface {found} is too old: it takes Linux 4.13 or later"
-                )
+            require_interface((version[0], version[1], version[2]))
         except BaseException:
             os.close(fd)
             raise

@@ -273,13 +273,6 @@ def test_a_pool_in_use_is_busy(tmp_path: Path) -> None:
         Pool.open(tmp_path / "pool")
 
 
-@pytest.mark.skipif(os.path.exists("/dev/mapper/control"), reason="this machine has device-mapper")
-def test_without_device_mapper_the_kernel_engine_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(errors.BlocksnapError, match="device-mapper"):
-        Pool.create(tmp_path / "pool", size="1M", engine="kernel")
-    assert not (tmp_path / "pool").exists()
-
-
 def test_an_unknown_engine_is_refused_with_those_there_are(tmp_path: Path) -> None:
     with pytest.raises(errors.ArgumentError, match="'user' or 'kernel'"):
         Pool.create(tmp_path / "pool", size="1M", engine="steam")

@@ -124,9 +124,9 @@ def dead_pools() -> Iterator[Leftover]:
         yield Leftover(what, partial(remove_leftovers, metadata))
 
 
-def dead_cookies() -> Iterator[Leftover]:
+def dead_cookies(older_than: float = _COOKIE_SECONDS) -> Iterator[Leftover]:
     """Yield the semaphores by which udev was to tell processes that died that it is done."""
-    if keys := own_left_cookies(_COOKIE_SECONDS):
+    if keys := own_left_cookies(older_than):
         what = f"semaphores for udev that nobody waits for ({', '.join(f'{key:#x}' for key in keys)})"
         yield Leftover(what, remove_left_cookies)
 

@@ -12,7 +12,7 @@ import pytest
 from blocksnap import mount
 from blocksnap.cli.leftovers import Leftover, dead_cookies, dead_pools
 from blocksnap.device_mapper import Control
-from blocksnap.dm_cookie import own_left_cookies, remove_left_cookies, udev_cookie
+from blocksnap.dm_cookie import own_left_cookies, udev_cookie
 from blocksnap.errors import ArgumentError, BlocksnapError, BusyError
 from blocksnap.kernel_leftovers import left_pools
 from blocksnap.pool import Pool
@@ -89,9 +89,12 @@ def test_semaphores_of_a_killed_process_are_found_by_their_age(udevd: bool) -> N
             os.kill(os.getpid(), signal.SIGKILL)
 
     assert killed(die)
-    assert len(own_left_cookies(0)) == int(udevd)
+    keys = own_left_cookies(0)
+    assert len(keys) == int(udevd)
     assert list[Leftover](dead_cookies()) == []  # who knows whether its maker is at work
-    remove_left_cookies()
+    for leftover in dead_cookies(older_than=0):
+        assert f"{keys[0]:#x}" in leftover.description
+        leftover.remove()
     assert own_left_cookies(0) == []
 
 

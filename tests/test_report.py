@@ -6,7 +6,7 @@ import io
 import json
 import re
 from dataclasses import replace
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,8 @@ from blocksnap.amplification.baseline import changes, differences
 from blocksnap.amplification.figures import format_bytes, format_ratio, format_seconds
 from blocksnap.amplification.latency import QUANTILES, Latency, Samples, Steady, latency_of
 from blocksnap.amplification.phases import Phase
-from blocksnap.amplification.pictures import write_pictures
+from blocksnap.amplification.pictures import new_figure, write_pictures
+from blocksnap.amplification.plot import draw_write_amplification
 from blocksnap.amplification.plot_labels import spread
 from blocksnap.amplification.raw_data import has_parquet, write_csv
 from blocksnap.amplification.repeats import combined
@@ -419,6 +420,16 @@ def test_pictures_are_png_and_svg_that_name_every_line(tmp_path: Path) -> None:
     for name in ("thin 16K", "overlay", "volume"):
         assert f">{name}<" in drawn["space-amplification"].svg
         assert f">{name}<" in drawn["latency"].svg
+
+
+def test_figures_of_two_lines_that_are_close_do_not_overlap() -> None:
+    single = row("dm-snapshot", 8, 4096)
+    close = [row("devicemapper", 12.5, 65536), row("devicemapper", 62, MIB)]
+    with new_figure() as figure:
+        draw_write_amplification(figure, comparison(single, *THIN, *close))
+        boxes = [text.get_window_extent() for text in figure.axes[0].texts if text.get_fontsize() == 8]
+    assert len(boxes) == len(THIN) + len(close)
+    assert [one for one, other in combinations(boxes, 2) if one.overlaps(other)] == []
 
 
 def test_picture_of_nothing_is_no_file(tmp_path: Path) -> None:

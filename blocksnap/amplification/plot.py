@@ -6,6 +6,7 @@ depends on colour or on a legend.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -39,10 +40,11 @@ def _draw(axes: "Axes", rows: Sequence[Measurement], workload: str) -> None:
     _set_axes(axes, rows, blocks)
     edge = axes.get_xlim()[1]
     names = list(dict.fromkeys(row.target.driver for row in blocks))
+    heights = _heights(blocks)
     labels: list[Label] = []
     for number, name in enumerate(names):
         series = [row for row in blocks if row.target.driver == name]
-        labels.append(_draw_series(axes, name, series, number))
+        labels.append(_draw_series(axes, name, series, number, heights))
     for number, row in enumerate(files):
         value = row.write_amplification or 0.0
         dash = DASHES[number % len(DASHES)]
@@ -52,8 +54,21 @@ def _draw(axes: "Axes", rows: Sequence[Measurement], workload: str) -> None:
     axes.set_title(f"Write amplification, workload {workload}", loc="left", fontsize=11)
 
 
-def _draw_series(axes: "Axes", name: str, series: Sequence[Measurement], number: int) -> Label:
-    """Draw one driver over its block sizes; the figures stand above the first line, below the others."""
+def _heights(blocks: Sequence[Measurement]) -> dict[int, float]:
+    """Return the highest point at each block size of the lines, which have more than one point."""
+    points = Counter(row.target.driver for row in blocks)
+    found: dict[int, float] = {}
+    for row in blocks:
+        size = row.target.block_size or 0
+        if points[row.target.driver] > 1:
+            found[size] = max(found.get(size, 0.0), row.write_amplification or 0.0)
+    return found
+
+
+def _draw_series(
+    axes: "Axes", name: str, series: Sequence[Measurement], number: int, heights: dict[int, float]
+) -> Label:
+    """Draw one driver over its block sizes; the figures of the highest line stand above, others below."""
     sizes = [row.target.block_size or 0 for row in series]
     values = [row.write_amplification or 0.0 for row in series]
     marker = MARKERS[number % len(MARKERS)]
@@ -66,7 +81,7 @@ def _draw_series(axes: "Axes", name: str, series: Sequence[Measurement], number:
         axes.annotate(
             format_ratio(value),
             (size, value),
-            xytext=(0, -14 if number else 8),
+            xytext=(0, 8 if value >= heights[size] else -14),
             textcoords="offset points",
             ha="center",
             fontsize=8,

@@ -22,6 +22,7 @@ from .errors import (
     DeviceExistsError,
     DeviceNotFoundError,
     PoolFormatError,
+    PrivilegeError,
     system_errors,
 )
 from .units import Size, parse_size
@@ -35,6 +36,7 @@ __all__ = [
     "fully_allocated",
     "grow_file",
     "metadata_size_for",
+    "require_own",
     "whole_blocks",
     "wipe_superblock",
 ]
@@ -91,7 +93,9 @@ class PoolFiles:
         return self.catalog.with_name(self.catalog.name + ".creating")
 
     def require(self) -> None:
-        """Raise the error that says what is missing, if this is no whole pool."""
+        """Raise the error that says what is missing, if this is no whole pool, or whose it is."""
+        if self.directory is not None:
+            require_own(self.directory)
         if os.path.lexists(self.marker):
             with system_errors(str(self)), _locked_marker(self):
                 pass
@@ -106,9 +110,22 @@ class PoolFiles:
                 )
 
 
+def require_own(directory: Path) -> None:
+    """Raise PrivilegeError if a directory is another user's, who could put anything there."""
+    with system_errors(str(directory)):
+        try:
+            owner = directory.stat().st_uid
+        except (FileNotFoundError, NotADirectoryError):
+            return
+    if owner != os.geteuid():
+        raise PrivilegeError(f"{directory} belongs to user {owner}, not {os.geteuid()}: run as that user")
+
+
 def _default_catalog(metadata: Path) -> Path:
     """Return a file's neighbour, or for a device a file in the machine's state named after it."""
-    if metadata.is_block_device():
+    with system_errors(str(metadata)):
+        is_device = metadata.is_block_device()
+    if is_device:
         return _CATALOGS / (str(metadata).strip("/").replace("/", "-") + ".catalog.db")
     return metadata.with_name(metadata.name + ".catalog.db")
 
@@ -124,11 +141,11 @@ def creation(files: PoolFiles) -> Iterator[None]:
                 _sweep(files)
                 yield
                 _sync(files)
+                files.marker.unlink()
             except BaseException:
                 _take_away(files)
                 raise
             undo.pop_all()
-            files.marker.unlink()
             sync_directory(files.marker.parent)
 
 
@@ -142,6 +159,7 @@ def _prepare_directory(files: PoolFiles) -> bool:
         return False
     _refuse_existing(files, [files.metadata, files.data, files.catalog])
     if os.path.lexists(directory):
+        require_own(directory)
         if set(os.listdir(directory)) - {"lost+found"}:
             raise ArgumentError(f"{directory} is not empty: give a new directory for the pool")
         directory.chmod(0o700)

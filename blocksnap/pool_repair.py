@@ -208,7 +208,8 @@ def _build(
             unfinished.rename(made)
             sync_directory(made.parent)
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):  # the next repair sweeps it away
+            unfinished.unlink(missing_ok=True)
     return made, report
 
 

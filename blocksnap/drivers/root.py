@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ArgumentError, system_errors
+from ..pool_files import require_own
 
 __all__ = ["DriverRoot", "FileLock", "Holder", "fsync_directory", "write_durable"]
 
@@ -147,6 +148,7 @@ class DriverRoot:
 
     def __init__(self, path: Path, driver: str) -> None:
         self.path = path
+        require_own(path)
         with system_errors(str(path)):
             (path / "references").mkdir(mode=0o700, parents=True, exist_ok=True)
         self.lock = FileLock(path / "lock")

@@ -15,35 +15,45 @@
 #define STEPS 25
 #define LIVES 3 /* of the pool on its devices */
 #define CALLERS 256
+#define FAULTS_A_REQUEST 4 /* EIO and ENOSPC, each once and lasting */
 
 extern const char __executable_start;
 
-static const void *callers[CALLERS];
+static struct {
+	const void *caller;
+	size_t requests;
+} callers[CALLERS];
 static size_t nr_callers;
 
 /* Under the log's lock. */
 static void watch(const void *caller)
 {
-	for (size_t i = 0; i < nr_callers; i++)
-		if (callers[i] == caller)
-			return;
-	CHECK(nr_callers < CALLERS);
-	callers[nr_callers++] = caller;
+	size_t i = 0;
+
+	while (i < nr_callers && callers[i].caller != caller)
+		i++;
+	CHECK(i < CALLERS);
+	callers[i].caller = caller;
+	callers[i].requests++;
+	nr_callers += i == nr_callers;
 }
 
-/* Print the places in the code that made requests. */
+/* Print the places in the code that made requests, with what was injected there. */
 static void print_callers(void)
 {
-	char command[256 + CALLERS * 20];
-	int n = snprintf(command, sizeof(command), "addr2line -i -s -f -p -e /proc/%d/exe", getpid());
+	char command[256];
+	bool named = true;
 
-	for (size_t i = 0; i < nr_callers; i++)
-		n += snprintf(command + n, sizeof(command) - n, " %tx",
-			(const char *)callers[i] - &__executable_start - 1);
-	printf("%zu places make requests:\n", nr_callers);
-	fflush(stdout);
-	if (system(command) != 0)
+	for (size_t i = 0; i < nr_callers; i++) {
+		printf("%zu faults at ", callers[i].requests * FAULTS_A_REQUEST);
+		fflush(stdout);
+		snprintf(command, sizeof(command), "addr2line -i -s -f -p -e /proc/%d/exe %tx", getpid(),
+			(const char *)callers[i].caller - &__executable_start - 1);
+		named &= system(command) == 0;
+	}
+	if (!named)
 		printf("(addr2line of binutils would name them)\n");
+	printf("%zu places make requests\n", nr_callers);
 }
 
 static size_t count_requests(uint64_t seed)
@@ -92,7 +102,7 @@ int main(int argc, char **argv)
 		size_t nr = count_requests(seed);
 
 		for (size_t at = 0; at < nr; at++)
-			for (int choice = 0; choice < 4; choice++, faults++)
+			for (int choice = 0; choice < FAULTS_A_REQUEST; choice++, faults++)
 				run_with_fault(seed, at, choice & 1 ? ENOSPC : EIO, choice & 2);
 	}
 	print_callers();

@@ -16,6 +16,7 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -116,13 +117,15 @@ class ImageGraph:
         *,
         name: str | None = None,
         replace: bool = False,
+        max_layer_bytes: int | None = None,
     ) -> Image:
         """Take an image in from an OCI layout (folder or tar) or a `docker save` archive.
 
         reference chooses among several images in there; name takes the place of the names it has there. A
         name that another image has is refused (LayerExistsError) unless replace says to move it. Nothing is
         to be seen of the image before all of its layers were verified, and after an error nothing is left of
-        it.
+        it. A layer that inflates to more than max_layer_bytes (by default a multiple of its blob, see
+        LayerSource.open) is refused (UnsafeLayerError).
         """
         with oci.open_image(Path(path), reference) as source:
             names = [check_image_name(n) for n in ([name] if name is not None else source.names)]
@@ -134,7 +137,7 @@ class ImageGraph:
                 else:
                     with self._layers.building() as build:
                         for layer in source.layers:
-                            build.add(layer.diff_id, layer.open, progress)
+                            build.add(layer.diff_id, partial(layer.open, max_bytes=max_layer_bytes), progress)
                         self._keep(build, source.config_digest, source.config_bytes, names)
             return self.image(source.config_digest)
 

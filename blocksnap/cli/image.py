@@ -9,7 +9,7 @@ from rich.tree import Tree
 
 from ..graph import Image, LayerNode
 from ..oci import Compression
-from ..units import format_size
+from ..units import format_size, parse_size
 from .console import JsonOption, print_json, stdout
 from .graphs import DriverOption, DriverOptions, RootOption, layer_progress, open_graph, short_id
 
@@ -63,11 +63,27 @@ def import_image(
     replace: Annotated[
         bool, typer.Option("--replace", help="Take the name away from the image that has it.")
     ] = False,
+    max_layer_size: Annotated[
+        str | None,
+        typer.Option(
+            "--max-layer-size",
+            metavar="SIZE",
+            help="Refuse a layer that inflates to more; by default 200 times its blob, of which 1 GiB may "
+            "always be.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Take an image in; layers that are there already are shared."""
     with open_graph(root, driver, options=options, make=True) as graph, layer_progress() as progress:
-        image = graph.import_image(source, reference, progress, name=name, replace=replace)
+        image = graph.import_image(
+            source,
+            reference,
+            progress,
+            name=name,
+            replace=replace,
+            max_layer_bytes=None if max_layer_size is None else parse_size(max_layer_size),
+        )
     if as_json:
         print_json(_described(image))
     else:

@@ -8,12 +8,15 @@ from typing import BinaryIO, Literal, Protocol, cast
 
 import zstandard
 
-from ..errors import DigestError, MediaTypeError
+from ..errors import DigestError, MediaTypeError, UnsafeLayerError
+from ..units import format_size
 from .digest import new_hash
 
 __all__ = ["Compression", "LayerSource", "LayerStream", "compression_of", "guess_compression"]
 
 _PIECE = 1 << 18
+_MAX_RATIO = 200  # far above what files of an image come to, far below a bomb of gzip's 1000 or zstd's 10000
+_ALWAYS_BYTES = 1 << 30  # whatever the ratio: small layers may hold much emptiness
 _MAX_WINDOW = 1 << 27  # of zstd, in bytes: what its command line takes without being asked
 
 Compression = Literal["none", "gzip", "zstd"]
@@ -60,17 +63,23 @@ class LayerSource:
     _open_blob: Callable[[], BinaryIO]
     _blob_digest: str | None  # None where the archive keeps blobs under no digest
 
-    def open(self) -> BinaryIO:
-        """Open the uncompressed tar; the read that reaches its end raises DigestError unless all is right."""
-        return cast(BinaryIO, LayerStream(self))
+    def open(self, *, max_bytes: int | None = None) -> BinaryIO:
+        """Open the uncompressed tar; the read that reaches its end raises DigestError unless all is right.
+
+        UnsafeLayerError when it inflates to more than max_bytes; by default to more than 200 times what was
+        read of the blob, of which 1 GiB may always be.
+        """
+        return cast(BinaryIO, LayerStream(self, max_bytes))
 
 
 class LayerStream(io.RawIOBase):
     """The uncompressed tar of a layer: nothing of it counts before its end was read without an error."""
 
-    def __init__(self, layer: LayerSource) -> None:
+    def __init__(self, layer: LayerSource, max_bytes: int | None = None) -> None:
         super().__init__()
         self._layer = layer
+        self._max_bytes = max_bytes
+        self._count = 0
         self._blob = _HashingReader(layer._open_blob(), layer._blob_digest)
         self._source = _decompressed(self._blob, layer.compression)
         self._hash = new_hash(layer.diff_id)
@@ -104,9 +113,20 @@ class LayerStream(io.RawIOBase):
         except (zlib.error, zstandard.ZstdError, EOFError) as error:
             raise DigestError(f"{self._layer.name} is damaged ({error}): fetch it again") from None
         self._hash.update(data)
+        self._count += len(data)
         if not data:
             self._verify()
+        elif self._count > self._limit():
+            raise UnsafeLayerError(
+                f"{self._layer.name} inflates to more than {format_size(self._limit())}: "
+                "raise the limit if it is meant"
+            )
         return data
+
+    def _limit(self) -> int:
+        if self._max_bytes is not None:
+            return self._max_bytes
+        return max(_ALWAYS_BYTES, _MAX_RATIO * self._blob.count)
 
     def _verify(self) -> None:
         layer, name = self._layer, self._layer.name

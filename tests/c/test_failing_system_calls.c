@@ -1,5 +1,5 @@
 /*
- * System calls behind loop devices, mounts and FUSE exports that fail: each in turn, in this process or in the child that
+ * System calls behind loop devices, mounts, device-mapper and FUSE exports that fail: each in turn, in this process or in the child that
  * makes it, with each error that the manual pages name. The linker leads these calls here (--wrap).
  *
  * Promises
@@ -23,7 +23,7 @@
 #define SIZE (1 << 20)
 
 static const int errors[] = {EPERM, EACCES, EBUSY, ENODEV, ENXIO, ENOENT, EINVAL, ENOTBLK, ENOTDIR, EISDIR,
-	EROFS, EOPNOTSUPP, EIO};
+	EROFS, EOPNOTSUPP, EEXIST, EIDRM, EIO};
 
 /* Shared with children. */
 static struct injection {
@@ -33,6 +33,8 @@ static struct injection {
 
 static bool fails(void)
 {
+	if (!injection) /* before main */
+		return false;
 	bool now = __atomic_fetch_add(&injection->calls, 1, __ATOMIC_RELAXED) ==
 		   __atomic_load_n(&injection->at, __ATOMIC_RELAXED);
 
@@ -65,6 +67,11 @@ WRAP(int, _Fork, -1, (void), )
 WRAP(int, pthread_create, injection->error,
 	(pthread_t * thread, const pthread_attr_t *attributes, void *(*start)(void *), void *argument),
 	thread, attributes, start, argument)
+
+WRAP(int, semget, -1, (int key, int count, int flags), key, count, flags)
+WRAP(int, semctl, -1, (int id, int number, int command, void *argument), id, number, command, argument)
+WRAP(int, semtimedop, -1, (int id, void *operations, size_t nr, const void *limit), id, operations, nr, limit)
+WRAP(ssize_t, getrandom, -1, (void *data, size_t length, unsigned int flags), data, length, flags)
 
 static char directory[64], image[96], target[96], bound[96];
 
@@ -206,6 +213,77 @@ static void no_export_is_left(void)
 	CHECK(!is_mounted(directory));
 }
 
+/* ---- device-mapper, asked through a device that is none; and the semaphores of udev */
+
+static void ask_for_devices(int control)
+{
+	struct bs_dm_info info;
+	struct bs_dm_entry entries[4];
+	struct bs_dm_target_version versions[4];
+	struct bs_dm_target linear = {0, 8, "linear", "/dev/null 0"};
+	uint64_t devices[4];
+	char text[64];
+	uint32_t version[3];
+	const char *name = "blocksnap-failing", *uuid = "blocksnap-failing-uuid";
+
+	told(bs_dm_version(control, version));
+	told(bs_dm_devices(control, entries, 4));
+	told(bs_dm_target_versions(control, versions, 4));
+	told(bs_dm_target_version(control, "linear", versions));
+	told(bs_dm_create(control, name, uuid, &info));
+	told(bs_dm_rename(control, name, "blocksnap-failing-2", 0, &info));
+	told(bs_dm_load(control, name, NULL, &linear, 1, 0, &info));
+	told(bs_dm_clear(control, name, NULL, &info));
+	told(bs_dm_suspend(control, name, NULL, 0, &info));
+	told(bs_dm_resume(control, NULL, uuid, 0, 0, &info));
+	told(bs_dm_info(control, name, NULL, &info));
+	told(bs_dm_dependencies(control, name, NULL, 0, devices, 4));
+	told(bs_dm_lines(control, name, NULL, 0, text, sizeof(text), &info));
+	told(bs_dm_wait(control, name, NULL, 0, &info));
+	told(bs_dm_message(control, name, NULL, 0, "create_thin 1", text, sizeof(text)));
+	told(bs_dm_message(control, name, NULL, 0, "delete 1", text, sizeof(text)));
+	told(bs_dm_arm_poll(control));
+	told(bs_dm_remove(control, name, NULL, 0, 0, &info));
+}
+
+static void use_device_mapper(void)
+{
+	struct bs_dm_guard *guard;
+	int control = open("/dev/null", O_RDWR | O_CLOEXEC);
+
+	if (control >= 0)
+		ask_for_devices(control);
+	close(control);
+	int r = bs_dm_guard_suspend("blocksnap-failing", NULL, 0, 1000, &guard);
+	told(r);
+	if (r == 0)
+		told(bs_dm_guard_resume(guard));
+}
+
+static uint32_t cookie;
+
+static void use_cookies(void)
+{
+	int r = bs_dm_cookie_create(&cookie);
+
+	told(r);
+	if (r < 0)
+		return;
+	told(bs_dm_cookie_wait(cookie, 1));
+	bs_dm_cookie_destroy(cookie);
+	bs_dm_cookies_sweep();
+}
+
+static void nothing_to_look_at(void)
+{
+}
+
+static void no_cookie_is_left(void)
+{
+	bs_dm_cookie_destroy(cookie);
+	CHECK_EQ(bs_dm_cookie_wait(cookie, 1), 0);
+}
+
 /* ---- running them */
 
 static void run(const char *name, void (*use)(void), void (*nothing_is_left)(void))
@@ -246,6 +324,8 @@ int main(void)
 	run("loop devices", use_lasting_loop, no_loop_is_left);
 	run("loop devices of their user", use_own_loop, no_loop_is_left);
 	run("mounts", use_mounts, no_mount_is_left);
+	run("device-mapper", use_device_mapper, nothing_to_look_at);
+	run("cookies", use_cookies, no_cookie_is_left);
 	run("exports", use_export, no_export_is_left);
 	CHECK(unlink(image) == 0 && rmdir(target) == 0 && rmdir(bound) == 0 && rmdir(directory) == 0);
 	return 0;

@@ -5,6 +5,7 @@ long as somebody is connected or something is mounted. pool_client starts it; DE
 connection, that of the process which did so: the greeting goes there, or the error that prevents one.
 """
 
+import errno
 import logging
 import os
 import select
@@ -53,6 +54,9 @@ class PoolServer:
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
+        # What the loop needs it has from the start: connections may take every other descriptor.
+        self._mount_table = open("/proc/self/mountinfo", "rb")  # noqa: SIM115
+        self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self._listener = self._listen()
 
     def run(self, first: socket.socket) -> None:
@@ -95,14 +99,13 @@ class PoolServer:
         poll.register(self._listener, select.POLLIN)
         poll.register(self._wake_read, select.POLLIN)
         patience = None
-        with open("/proc/self/mountinfo", "rb") as table:
-            if not self._connections:
-                poll.register(table, select.POLLPRI)
-                if not self._mounts.forget_ended():
-                    patience = _RETRY_MILLISECONDS
-                if self._is_over():
-                    return
-            ready = dict(poll.poll(patience))
+        if not self._connections:
+            poll.register(self._mount_table, select.POLLPRI)
+            if not self._mounts.forget_ended():
+                patience = _RETRY_MILLISECONDS
+            if self._is_over():
+                return
+        ready = dict(poll.poll(patience))
         with suppress(BlockingIOError):
             while self._wake_read.recv(4096):
                 pass
@@ -122,8 +125,10 @@ class PoolServer:
     def _accept(self) -> None:
         try:
             connection, _ = self._listener.accept()
-        except OSError:  # it has gone away meanwhile
-            return
+        except OSError as lack:
+            if lack.errno in (errno.EMFILE, errno.ENFILE):
+                self._turn_away()
+            return  # else it has gone away meanwhile
         _, user = peer(connection)
         if user in (0, os.geteuid()):
             self._welcome(connection)
@@ -133,6 +138,27 @@ class PoolServer:
         )
         with connection, suppress(OSError):
             send(connection, {"error": describe_error(error)})
+
+    def _turn_away(self) -> None:
+        """Tell the next client that there is no descriptor for it; it gets the spare one for that long."""
+        error = BusyError(
+            f"the server of pool {self._directory} (process {os.getpid()}) has no descriptor left:"
+            " close other connections, or raise its limit (ulimit -n)"
+        )
+        self._give_up_spare()
+        with suppress(OSError):
+            connection, _ = self._listener.accept()
+            with connection:
+                send(connection, {"error": describe_error(error)})
+        try:
+            self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:  # another thread was faster: the next client waits for a descriptor
+            threading.Event().wait(_LOCK_RETRY_SECONDS)
+
+    def _give_up_spare(self) -> None:
+        spare, self._spare = self._spare, -1
+        if spare >= 0:
+            os.close(spare)
 
     def _welcome(self, connection: socket.socket) -> None:
         thread = threading.Thread(target=self._converse, args=(connection,), daemon=True)
@@ -208,6 +234,8 @@ class PoolServer:
     def _end(self) -> None:
         (self._directory / "socket").unlink(missing_ok=True)
         self._listener.close()
+        self._mount_table.close()
+        self._give_up_spare()
         for connection, thread in list(self._connections.items()):
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RD)

@@ -13,13 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from blocksnap import errors, mount
+from blocksnap import errors, mount, pool_client
 from blocksnap.pool import Pool
 from tests.file_systems import fresh_file_system
+from tests.pool_servers import wait_until, wait_until_free
 from tests.thin_tools import assert_sound, needs_thin_tools, thin_tool
 
 MIB = 1 << 20
 LETTERS = b"abcdefgh"
+START = "import os, resource, sys\nfrom blocksnap import errors\nfrom blocksnap.pool import Pool\n"
 
 pytestmark = needs_thin_tools
 
@@ -56,8 +58,7 @@ def assert_recovered(path: Path, *possible: int) -> None:
 
 def run(program: str, *words: object) -> str:
     """Run a program in a process of its own."""
-    start = "import os, resource, sys\nfrom blocksnap import errors\nfrom blocksnap.pool import Pool\n"
-    command = [sys.executable, "-c", start + program, *map(str, words)]
+    command = [sys.executable, "-c", START + program, *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -241,6 +242,54 @@ print(failed)
 def test_each_lack_of_a_descriptor_is_an_error_and_leaves_none_open(path: Path, work: str) -> None:
     assert int(run(FEW_DESCRIPTORS.format(work=WORKS[work].strip()), path)) > 3
     assert_recovered(path)
+
+
+FEW_FOR_A_SERVER = """
+from blocksnap import pool_client
+resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+with pool_client.serve(sys.argv[1]):
+    print("served", flush=True)
+    sys.stdin.read()
+"""
+
+
+def connect_many(path: Path, clients: list[pool_client.PoolClient]) -> None:
+    for _ in range(100):
+        client = pool_client.connect(path)
+        assert client is not None
+        clients.append(client)
+
+
+def test_server_without_a_descriptor_turns_clients_away_and_serves_on(path: Path) -> None:
+    clients: list[pool_client.PoolClient] = []
+    with subprocess.Popen(
+        [sys.executable, "-c", START + FEW_FOR_A_SERVER, path],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "served\n"
+        with pytest.raises(errors.BusyError, match="has no descriptor left: close other connections"):
+            connect_many(path, clients)
+        assert len(clients) > 10
+        assert clients[0].device("base").read(0, MIB) == b"a" * MIB
+        for client in clients:
+            client.close()
+        wait_until(lambda: can_connect(path))
+        holder.communicate("")
+    wait_until_free(path)
+    assert_recovered(path)
+
+
+def can_connect(path: Path) -> bool:
+    try:
+        client = pool_client.connect(path)
+    except errors.BusyError:
+        return False
+    assert client is not None
+    with client:
+        return len(client.devices()) == 2
 
 
 # ---- rivals

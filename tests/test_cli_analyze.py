@@ -175,7 +175,7 @@ def test_keep_going_reports_what_was_read_and_how_much_was_left_out(tmp_path: Pa
     result = json.loads(done.stdout)
     assert result["trace"]["writes"] == 63
     assert result["trace"]["left_out"]["records"] == 1
-    assert "1 records were left out; not read to the end" in done.stderr
+    assert "1 record was left out; not read to the end" in done.stderr
 
 
 def test_missing_file_and_wrong_usage_are_told(tmp_path: Path) -> None:

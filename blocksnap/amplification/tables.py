@@ -179,6 +179,12 @@ def notes(comparison: Comparison) -> list[str]:
             "thin counted its own writes here, without what the file system below adds: "
             "as root there is a loop device whose counter tells."
         )
+    uncounted = [row.label for row in comparison.results if not row.error and row.copy_bytes is None]
+    if uncounted:
+        said.append(
+            f"Nobody counts what {', '.join(uncounted)} copied (qemu tells neither copies nor tables): "
+            'it is in "to disk".'
+        )
     written = [row.application_bytes for row in comparison.results if row.application_bytes]
     if written and max(written) > 1.05 * min(written):
         least, most = format_bytes(min(written)), format_bytes(max(written))

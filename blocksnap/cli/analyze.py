@@ -186,4 +186,5 @@ def _report_left_out(trace: Trace) -> None:
     for message in complaints.messages:
         stderr.print(f"left out: {message}", soft_wrap=True, markup=False)
     unread = f"; not read to the end: {', '.join(complaints.unread)}" if complaints.unread else ""
-    stderr.print(f"{complaints.records:,} records were left out{unread}", soft_wrap=True, markup=False)
+    count = f"{complaints.records:,} records were" if complaints.records > 1 else "1 record was"
+    stderr.print(f"{count} left out{unread}", soft_wrap=True, markup=False)

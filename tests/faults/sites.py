@@ -1,8 +1,8 @@
 """Where faults are injected into pools, and how many: python -m tests.faults.sites
 
 Three lists: the calls of the io layer in the engine (tests/c/test_faults.c lets each request fail), the
-system calls of a process on the files of a pool (operations.py lets each fail), and the calls of csrc/ that
-neither reaches, each with the reason.
+system calls of a process on the files of a pool (operations.py lets each fail), and the failing calls of
+tests/c/test_failing_*.c. What none of them reaches in csrc/ has a reason.
 """
 
 import json
@@ -25,19 +25,23 @@ _SYSTEM_CALL = re.compile(
     r"|copy_file_range|sendfile|splice|posix_fadvise|ioctl|io_uring\w+)\("
 )
 
+_PROGRAMS = ("test_failing_calls", "test_failing_system_calls")
+"""What counts by the library that it calls in, not by place: files, memory, loop devices, mounts, ..."""
+
+_BY_PROGRAM = "each fails in tests/c/test_failing_system_calls.c"
 NOT_INJECTED = {
-    "dm_guard.c": "an ioctl of device-mapper: tests/kernel/guest/test_kill_matrix.py kills at each",
-    "dm_ioctl.c": "ioctls of device-mapper: tests/c/test_dm_ioctl.c has their errors and hostile answers",
+    "dm_guard.c": _BY_PROGRAM,
+    "dm_ioctl.c": _BY_PROGRAM,
     "fuse_export.c": "requests of the kernel's FUSE: tests/c/test_fuse_export.c, tests/test_kill.py end it",
-    "loop.c": "loop devices: tests/c/test_mount.c has what they refuse; a child process waits",
-    "mount.c": "file systems above a device: tests/c/test_mount.c; a child process waits",
+    "loop.c": _BY_PROGRAM,
+    "mount.c": _BY_PROGRAM,
     "text_output.c": "text for a reader that may be gone: tests/c/test_thin_dump.c",
     "thin_commit.c write": "an event counter in memory",
     "io_file.c lseek": "the size of an open file, which asks no disk",
     "io_file.c ioctl": "the sector size, 4096 without an answer",
     "io_file.c posix_fadvise": "a hint",
 }
-"""Why a file's system calls, or one call in it, get no fault."""
+"""Why neither list has a file's system calls, or one call in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +77,8 @@ def sites() -> Iterator[Site]:
                     yield Site(path.name, number, found[1])
 
 
-def count_requests(directory: Path) -> dict[tuple[str, int], int]:
-    """Build and run test_faults in a directory; return the faults by file and line."""
+def _run(directory: Path, program: str) -> str:
+    """Build a C test in a directory and return what it prints."""
     configure = [
         "cmake",
         "-S",
@@ -86,9 +90,14 @@ def count_requests(directory: Path) -> dict[tuple[str, int], int]:
         "-DBLOCKSNAP_TESTS=ON",
     ]
     options = ["-DCMAKE_BUILD_TYPE=None", "-DCMAKE_C_FLAGS=-O1 -g"]
-    for command in ([*configure, *options], ["cmake", "--build", str(directory), "--target", "test_faults"]):
+    for command in ([*configure, *options], ["cmake", "--build", str(directory), "--target", program]):
         subprocess.run(command, check=True, capture_output=True)
-    told = subprocess.run([directory / "test_faults"], check=True, capture_output=True, text=True).stdout
+    return subprocess.run([directory / program], check=True, capture_output=True, text=True).stdout
+
+
+def count_requests(directory: Path) -> dict[tuple[str, int], int]:
+    """Build and run test_faults in a directory; return the faults by file and line."""
+    told = _run(directory, "test_faults")
     found: Counter[tuple[str, int]] = Counter()
     for place in told.split(" faults at ")[1:]:
         before = told.partition(" faults at " + place)[0].rsplit(None, 1)[-1]
@@ -140,6 +149,7 @@ def _reads_of_walks(calls: dict[str, Counter[str]]) -> int:
 def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         requests, calls = count_requests(Path(directory)), count_calls(Path(directory))
+        others = [line for program in _PROGRAMS for line in _run(Path(directory), program).splitlines()]
     print("calls of csrc/")
     for site in sites():
         count = injected(site, requests, calls)
@@ -149,8 +159,16 @@ def main() -> None:
         print(f"  {name}: {counted.total()} faults")
         for call, count in sorted(counted.items()):
             print(f"    {call:42} {count}")
-    total = sum(requests.values()), sum(counted.total() for counted in calls.values())
-    print(f"{sum(total)} faults, all survived: {total[0]} requests of the engine, {total[1]} system calls")
+    print("failing calls of libraries and of the kernel in the C tests", *others, sep="\n  ")
+    total = (
+        sum(requests.values()),
+        sum(counted.total() for counted in calls.values()),
+        sum(map(int, re.findall(r"(\d+) failures", "\n".join(others)))),
+    )
+    print(
+        f"{sum(total)} faults, all survived: {total[0]} requests of the engine,"
+        f" {total[1]} system calls on a pool's files, {total[2]} failing calls"
+    )
 
 
 if __name__ == "__main__":

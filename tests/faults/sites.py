@@ -153,7 +153,9 @@ def main() -> None:
     print("calls of csrc/")
     for site in sites():
         count = injected(site, requests, calls)
-        print(f"  {site!s:42} {f'{count} faults' if count else f'none: {site.reason}'}")
+        direct = not site.is_request or (site.file, site.line) in requests
+        together = "" if direct else " of all walks together"
+        print(f"  {site!s:42} {f'{count} faults{together}' if count else f'- {site.reason}'}")
     print("system calls of a process on the files of a pool")
     for name, counted in calls.items():
         print(f"  {name}: {counted.total()} faults")

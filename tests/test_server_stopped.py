@@ -57,11 +57,13 @@ def test_doctor_names_a_stopped_server_and_its_mend(served: PoolClient, pool_pat
 
 
 def test_verb_for_a_stopped_server_names_it_and_its_mend(served: PoolClient, pool_path: Path) -> None:
-    with (
-        stopped(served),
-        pytest.raises(errors.BusyError, match=f"process {served.server_pid}, which is stopped: kill -CONT"),
-    ):
-        pool_client.connect(pool_path)
+    told = f"process {served.server_pid}, which is stopped: kill -CONT {served.server_pid}"
+    with stopped(served):
+        with pytest.raises(errors.BusyError, match=told):
+            pool_client.connect(pool_path)
+        said = run_command("pool", "status", pool_path, status=1)
+        assert said.endswith(f"{told}\n")
+        assert said.count("\n") == 1
     run_command("pool", "status", pool_path)
 
 

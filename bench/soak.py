@@ -224,7 +224,7 @@ def _run(soak: Soak, threads: int) -> None:
     start = last = time.monotonic()
     for worker in workers:
         worker.start()
-    while any(worker.is_alive() for worker in workers):
+    while time.monotonic() < soak.end and any(worker.is_alive() for worker in workers):
         time.sleep(min(INTERVAL, max(0.1, soak.end - time.monotonic())))
         soak.report(last, start)
         last = time.monotonic()

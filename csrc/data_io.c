@@ -12,7 +12,6 @@
 
 #define CHUNK (1u << 20)
 
-static const unsigned char zeros[CHUNK] __attribute__((aligned(4096)));
 
 struct chunk {
 	unsigned char *data;
@@ -162,20 +161,5 @@ int data_write(struct bs_pool *pool, uint64_t offset, const void *buffer, uint64
 	 * is cheap. */
 	if (!atomic_load(&pool->data_dirty))
 		atomic_store(&pool->data_dirty, true);
-	return r;
-}
-
-int data_zero(struct bs_pool *pool, uint64_t offset, uint64_t length)
-{
-	int r = 0;
-
-	while (r == 0 && length) {
-		/* Chunks end at multiples of their size, so that all but the ends are whole sectors. */
-		uint64_t n = minimum(length, CHUNK - offset % CHUNK);
-
-		r = data_write(pool, offset, zeros, n);
-		offset += n;
-		length -= n;
-	}
 	return r;
 }

@@ -94,7 +94,6 @@ int pool_open_on(struct io *metadata, struct io *data, unsigned int flags, struc
 /* data_io.c: byte ranges of the data device, any alignment. */
 int data_read(struct bs_pool *pool, uint64_t offset, void *buffer, uint64_t length);
 int data_write(struct bs_pool *pool, uint64_t offset, const void *buffer, uint64_t length);
-int data_zero(struct bs_pool *pool, uint64_t offset, uint64_t length);
 
 /* thin_commit.c, with the lock held unless it says otherwise. */
 /* Commit now: data flush, metadata, superblock; freed blocks come back. Not while held by another thread. */

@@ -600,11 +600,6 @@ static int flush_batch(struct ll *ll, uint64_t *blocks, size_t nr)
 	return 0;
 }
 
-bool ll_is_flushed(const struct ll *ll)
-{
-	return ll->queue_nr == 0;
-}
-
 static int make_missing_bitmaps(struct ll *ll)
 {
 	uint64_t end = ll->nr_bitmaps - (BS_BUG(NEW_BITMAP_FORGOTTEN) && ll->committed_nr_blocks);

@@ -93,7 +93,6 @@ void ll_unreserve(struct ll *ll, uint64_t block);
 /* Write pending changes into bitmaps and overflow tree, entries of ll->working with `changed` set; the index
  * is the caller's. */
 int ll_flush(struct ll *ll);
-bool ll_is_flushed(const struct ll *ll);
 /* The superblock with the flushed state is on disk: it is the committed one now. */
 int ll_committed(struct ll *ll);
 

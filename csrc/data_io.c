@@ -12,7 +12,6 @@
 
 #define CHUNK (1u << 20)
 
-
 struct chunk {
 	unsigned char *data;
 };

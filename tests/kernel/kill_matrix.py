@@ -22,7 +22,6 @@ from pathlib import Path
 from blocksnap import metadata
 from blocksnap.device_mapper import Control
 from blocksnap.errors import BusyError
-from blocksnap.mount import loop_devices
 from blocksnap.pool import Pool
 from blocksnap.udev import left_cookies
 from tests.kernel.devices import leftovers, sweep
@@ -31,6 +30,7 @@ from tests.kernel.pool_places import Places
 __all__ = ["OPERATIONS"]
 
 SIZE = 1 << 20
+DATA_SIZE = 4 << 20
 CONTENT = os.urandom(SIZE)
 BEGINNING = {"base": SIZE, "snap": SIZE}
 
@@ -49,6 +49,8 @@ class Operation:
     work: Callable[[Pool], object]
     after: dict[str, int]
     between: tuple[dict[str, int], ...] = ()
+    data_size: int = DATA_SIZE
+    """Of the pool, after it."""
     on_files: bool = False
     """With loop devices of the pool's own, which takes longer."""
     interrupted: bool = False
@@ -89,6 +91,9 @@ OPERATIONS = {
     "shrink among others": Operation(shrink_among_others, {"base": SIZE // 2 + 512, "new": SIZE}),
     "transaction": Operation(change_much, {"base": SIZE, "new": SIZE, "second": SIZE}),
     "failing transaction": Operation(fail_half_way, {"base": SIZE}, ({"new": SIZE},)),
+    "extend": Operation(
+        lambda pool: pool.extend(size=2 * DATA_SIZE), BEGINNING, data_size=2 * DATA_SIZE, on_files=True
+    ),
     "close": Operation(Pool.close, BEGINNING, on_files=True),
     "recovery": Operation(lambda pool: pool, BEGINNING, on_files=True, interrupted=True),
 }
@@ -129,13 +134,14 @@ class Matrix:
         self._operation = operation
         self._places = places
         self._points = points
-        with Pool.create(**places.options, size="4M") as pool:
+        with Pool.create(**places.options, size=DATA_SIZE) as pool:
             pool.create_device("base", SIZE).write(0, CONTENT)
             pool.device("base").snapshot("snap")
         if operation.interrupted:
             self._interrupt()
         places.keep()
         self._loops = loops_of_pools()
+        self._data_bytes = DATA_SIZE
 
     def _interrupt(self) -> None:
         """Leave a transaction half done, and nothing in the kernel: opening has to undo it."""
@@ -169,6 +175,7 @@ class Matrix:
                 raise
             if not killed:
                 assert found == self._operation.after
+                assert self._data_bytes == self._operation.data_size
                 assert len(calls) == number - 1, f"{number - 1} points visited of {calls}"
                 return calls
 
@@ -204,6 +211,8 @@ class Matrix:
         with Pool.open(**self._places.options, engine=engine) as pool:
             found = {device.name: device.size for device in pool.devices()}
             assert pool.status().devices == len(found)
+            self._data_bytes = pool.status().data_bytes
+            assert self._data_bytes in (DATA_SIZE, self._operation.data_size)
             assert {info.id for info in pool._engine.devices()} == {device.id for device in pool.devices()}
             for name in found.keys() - {"new"}:
                 size = min(found[name], SIZE)
@@ -226,15 +235,19 @@ class Matrix:
         assert not nodes, f"nodes: {nodes}"
 
 
-def loops_of_pools() -> set[int]:
-    return {loop.number for loop in loop_devices(Path("/dev/shm"))}
+def loops_of_pools() -> set[str]:
+    """Return the loop devices over files of this program, asked of sysfs alone."""
+    files = Path("/sys/block").glob("loop*/loop/backing_file")
+    with suppress(OSError):
+        return {str(file) for file in files if "/kill-matrix-" in file.read_text()}
+    return loops_of_pools()  # one was detached meanwhile
 
 
 def main(name: str, when: str, only: str = "") -> None:
     operation = OPERATIONS[name]
     points = KillPoints(after=when == "after", catalog=only != "ioctls")
-    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="kill-matrix-") as folder:
-        places = Places(Path(folder), devices=not operation.on_files, data_size=4 << 20)
+    with tempfile.TemporaryDirectory(prefix="kill-matrix-") as folder:
+        places = Places(Path(folder), devices=not operation.on_files, data_size=DATA_SIZE)
         try:
             calls = Matrix(operation, places, points).run()
         finally:

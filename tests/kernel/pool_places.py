@@ -24,7 +24,7 @@ class Places:
     def __init__(self, folder: Path, *, devices: bool, metadata_size: int = 2 << 20, data_size: int) -> None:
         self._folder = folder
         self._loops: list[LoopDevice] = []
-        self._kept: dict[Path, bytes] = {}
+        self._kept: dict[Path, tuple[bytes, int]] = {}
         if devices:
             (folder / "pool").mkdir()
             for name, size in (("metadata", metadata_size), ("data", data_size)):
@@ -64,14 +64,16 @@ class Places:
 
     def keep(self) -> None:
         """Remember the pool, which nobody has open, for `restore`."""
-        self._kept = {part: _used(part.read_bytes()) for part in self._part("").iterdir()}
+        parts = self._part("").iterdir()
+        self._kept = {part: (_used(part.read_bytes()), part.stat().st_size) for part in parts}
 
     def restore(self) -> None:
         """Put back what was kept. What lies behind it in metadata and data nothing leads to."""
         self._remove_catalog()
-        for part, content in self._kept.items():
+        for part, (content, size) in self._kept.items():
             descriptor = os.open(part, os.O_RDWR | os.O_CREAT)
             os.pwrite(descriptor, content, 0)
+            os.ftruncate(descriptor, size)
             os.close(descriptor)
 
     def close(self) -> None:

@@ -117,7 +117,7 @@ def run_sequence(seed: int, places: Places) -> None:
 
 
 def main(kind: str, *seeds: str) -> None:
-    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="round-trip-") as folder:
+    with tempfile.TemporaryDirectory(prefix="round-trip-") as folder:
         places = Places(Path(folder), devices=kind == "devices", data_size=MAX_DATA)
         try:
             for seed in seeds:

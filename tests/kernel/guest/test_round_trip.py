@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -25,9 +26,17 @@ def test_there_are_200_sequences() -> None:
     [(kind, seeds) for (kind, _), seeds in zip(GROUPS, SEEDS, strict=True)],
     ids=[f"{kind} {seeds[0]}-{seeds[-1]}" for (kind, _), seeds in zip(GROUPS, SEEDS, strict=True)],
 )
-def test_pools_go_from_engine_to_engine_unharmed(control: Control, kind: str, seeds: range) -> None:
+def test_pools_go_from_engine_to_engine_unharmed(
+    control: Control, tmp_path: Path, kind: str, seeds: range
+) -> None:
     command = [sys.executable, "-m", "tests.kernel.round_trip", kind, *map(str, seeds)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    done = subprocess.run(
+        ["env", f"TMPDIR={tmp_path}", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout
     assert leftovers(control) == []
     assert loop_devices() == []

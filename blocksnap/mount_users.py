@@ -6,7 +6,7 @@ from pathlib import Path
 
 from . import mount
 
-__all__ = ["mount_users"]
+__all__ = ["mount_users", "processes_on"]
 
 _LINKS = ("cwd", "root", "exe")
 
@@ -14,11 +14,14 @@ _LINKS = ("cwd", "root", "exe")
 def mount_users(target: str) -> list[str]:
     """Return in words who uses the file system mounted at a path, as far as this user may know."""
     below = [entry.target for entry in mount.mount_table() if entry.target.startswith(f"{target}/")]
-    found = [f"the mount at {place}" for place in below]
-    for process in Path("/proc").iterdir():
-        if process.name.isdigit() and any(_is_within(path, target) for path in _paths(process)):
-            found.append(f"process {process.name} ({_name(process)})")
-    return found
+    processes = [f"process {number} ({_name(number)})" for number in processes_on(target)]
+    return [*(f"the mount at {place}" for place in below), *processes]
+
+
+def processes_on(target: str) -> list[int]:
+    """Return the processes with something open on the file system mounted at a path."""
+    processes = [entry for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    return [int(process.name) for process in processes if any(_is_within(p, target) for p in _paths(process))]
 
 
 def _is_within(path: str, target: str) -> bool:
@@ -39,8 +42,8 @@ def _paths(process: Path) -> Iterator[str]:
             continue
 
 
-def _name(process: Path) -> str:
+def _name(process: int) -> str:
     try:
-        return (process / "comm").read_text().strip()
+        return Path(f"/proc/{process}/comm").read_text().strip()
     except OSError:
         return "ended"

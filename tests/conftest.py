@@ -15,6 +15,7 @@ from tests.kernel.plugin import (
     pytest_collection_modifyitems,
     pytest_configure,
     pytest_runtest_protocol,
+    pytest_runtest_teardown,
     pytest_runtestloop,
     pytest_sessionfinish,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "pytest_collection_modifyitems",
     "pytest_configure",
     "pytest_runtest_protocol",
+    "pytest_runtest_teardown",
     "pytest_runtestloop",
     "pytest_sessionfinish",
     "small_docker_archive",

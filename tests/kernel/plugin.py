@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.kernel.leftovers import clear
 from tests.kernel.user_mode import Guest, missing
 
 GUEST_TESTS = Path(__file__).resolve().parent / "guest"
@@ -27,6 +28,7 @@ __all__ = [
     "pytest_collection_modifyitems",
     "pytest_configure",
     "pytest_runtest_protocol",
+    "pytest_runtest_teardown",
     "pytest_runtestloop",
     "pytest_sessionfinish",
 ]
@@ -180,6 +182,21 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     # The test before may have left its module set up for this one, which was run elsewhere.
     item.session._setupstate.teardown_exact(nextitem)
     return True
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+    """Clear by force what a kernel test and its fixtures leave, and have that test fail, no later one."""
+    try:
+        yield
+    finally:
+        if _is_kernel_test(item) and (left := clear(_base_of(item))):
+            raise AssertionError(f"left behind, and cleared: {'; '.join(left)}")
+
+
+def _base_of(item: pytest.Item) -> Path:
+    factory: pytest.TempPathFactory = item.config._tmp_path_factory  # type: ignore[attr-defined]
+    return factory.getbasetemp()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -99,13 +99,13 @@ def _tear(disk: bytearray, entry: Entry, rng: random.Random) -> None:
 
 @dataclass(slots=True)
 class DiskLog:
-    """A disk as it was, and what was done to it since. What lies in `whole` is never torn."""
+    """A disk as it was, and what was done to it since. What lies in `whole`, a file system, is never torn."""
 
     start: bytes
     entries: Sequence[Entry]
     whole: Region
     flushes: bool = True
-    """Whether a flush does anything: a test of the test."""
+    """Whether a flush does anything outside of `whole`: a test of the test."""
     _durable: bytearray | None = field(default=None, init=False)
     _applied: int = field(default=0, init=False)
 
@@ -121,25 +121,20 @@ class DiskLog:
         """
         rng = random.Random(seed)
         flushed = self._last_flush(position)
-        disk = bytearray(self._at(flushed))
-        for entry in self.entries[flushed:position]:
-            chosen = bool(entry.flags & Flag.FUA) or cut is Cut.PREFIX or rng.random() < 0.5
-            if (
-                chosen
-                and cut is Cut.TORN
-                and not entry.flags & (Flag.FUA | Flag.MARK)
-                and self._may_tear(entry)
-            ):
-                _tear(disk, entry, rng)
-            elif chosen:
-                _apply(disk, entry)
+        begin = flushed if self.flushes else 0
+        disk = bytearray(self._at(begin))
+        for at, entry in enumerate(self.entries[begin:position], begin):
+            whole = self.whole.begin <= entry.offset < self.whole.end
+            certain = bool(entry.flags & Flag.FUA) or (whole and at < flushed)
+            if certain or cut is Cut.PREFIX or rng.random() < 0.5:
+                if cut is Cut.TORN and not (certain or whole or entry.flags & Flag.MARK):
+                    _tear(disk, entry, rng)
+                else:
+                    _apply(disk, entry)
         return disk
 
-    def _may_tear(self, entry: Entry) -> bool:
-        return not self.whole.begin <= entry.offset < self.whole.end
-
     def _last_flush(self, position: int) -> int:
-        for at in range(position - 1 if self.flushes else -1, -1, -1):
+        for at in range(position - 1, -1, -1):
             if self.entries[at].flags & Flag.FLUSH:
                 return at
         return 0

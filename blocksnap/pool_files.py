@@ -118,7 +118,10 @@ def require_own(directory: Path) -> None:
         except (FileNotFoundError, NotADirectoryError):
             return
     if owner != os.geteuid():
-        raise PrivilegeError(f"{directory} belongs to user {owner}, not {os.geteuid()}: run as that user")
+        raise PrivilegeError(
+            f"{directory} belongs to user {owner}, not {os.geteuid()}: "
+            "run as that user, or make it yours (chown)"
+        )
 
 
 def _default_catalog(metadata: Path) -> Path:

@@ -13,6 +13,7 @@ import pytest
 from blocksnap import drivers, errors, pool_client, pool_repair
 from blocksnap.pool import Pool
 from blocksnap.pool_server import PoolServer
+from tests.driver_params import driver_root
 from tests.layer_roots import as_ordinary_user, needs_root, users_root
 from tests.pool_servers import device_mounted, engine, needs_mounts, pool_path, served
 from tests.trees import describe_tree
@@ -75,12 +76,10 @@ def test_served_pool_is_its_owners_alone_whatever_the_umask_allows(pool_path: Pa
 @pytest.mark.usefixtures("umask")
 @pytest.mark.parametrize("driver", ["vfs", "overlay", "btrfs", "thin", "unionfs", "qcow2"])
 def test_layer_lies_in_a_directory_that_only_its_owner_enters(tmp_path: Path, driver: str) -> None:
-    if (reason := dict(drivers.available(tmp_path)).get(driver)) is not None:
-        pytest.skip(f"needs the driver {driver}: {reason}")
-    with drivers.open(driver, tmp_path / "root") as opened:
+    with driver_root(tmp_path, driver) as root, drivers.open(driver, root) as opened:
         opened.create("base")
         with opened.mounted("base") as mounted:
-            above = [place for place in mounted.parents if place.is_relative_to(tmp_path / "root")]
+            above = [place for place in mounted.parents if place.is_relative_to(root)]
             assert any(mode(place) == 0o700 for place in above)
         opened.cleanup()
 

@@ -4,9 +4,13 @@ import dataclasses
 import fcntl
 import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
-from blocksnap.device_mapper import Control, Device, ThinPoolStatus, ThinPoolTarget, ThinTarget
-from tests.kernel.devices import BLOCK, MIB, Disks
+from blocksnap.device_mapper import Control, Device, ThinPoolStatus, ThinPoolTarget, ThinStatus, ThinTarget
+from blocksnap.errors import BlocksnapError
+from blocksnap.pool import Pool
+from tests.kernel.devices import BLOCK, MIB, Disks, leftovers
 
 __all__ = [
     "DATA",
@@ -14,6 +18,8 @@ __all__ = [
     "SIZE",
     "activate",
     "discard",
+    "kernel_counts",
+    "let_go",
     "make_thin",
     "pool_status",
     "pool_target",
@@ -63,3 +69,29 @@ def discard(path: str, offset: int, length: int) -> None:
         fcntl.ioctl(descriptor, BLKDISCARD, struct.pack("QQ", offset, length))
     finally:
         os.close(descriptor)
+
+
+def kernel_counts(pool: Pool) -> tuple[dict[str, int], int]:
+    """Return the mapped bytes of each active device, and the used blocks of the pool, as the kernel tells."""
+    names = {device.id: device.name for device in pool.devices()}
+    mapped, used = {}, -1
+    with Control.open() as control:
+        for device in leftovers(control):
+            (status,) = device.status(commit=True)
+            if isinstance(status, ThinPoolStatus):
+                used = status.used_data_blocks
+            else:
+                assert isinstance(status, ThinStatus), status
+                mapped[names[int(device.uuid.rsplit("-", 1)[1])]] = status.mapped_bytes
+    return mapped, used
+
+
+@contextmanager
+def let_go(pool: Pool) -> Iterator[Pool]:
+    """Close a pool at the end; if it cannot be closed, let go of it as a killed process does."""
+    try:
+        yield pool
+    finally:
+        with suppress(BlocksnapError):
+            pool.close()
+        pool.abandon()

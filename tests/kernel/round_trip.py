@@ -13,12 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from blocksnap import metadata
-from blocksnap.device_mapper import Control, Device, DeviceNumber, ThinPoolStatus, ThinPoolTarget, ThinStatus
+from blocksnap.device_mapper import Control, Device, DeviceNumber, ThinPoolTarget
 from blocksnap.mount import LoopDevice
 from blocksnap.pool import Pool
 from tests.kernel.devices import BLOCK, leftovers
 from tests.kernel.pool_model import MAX_DATA, MIN_DATA, PoolModel
 from tests.kernel.pool_places import Places
+from tests.kernel.pools import kernel_counts
 
 HOPS, OPERATIONS = 4, 6
 
@@ -31,21 +32,6 @@ def metadata_device(places: Places) -> Iterator[str]:
         return
     with LoopDevice.attach(places.metadata, read_only=True) as loop:
         yield loop.path
-
-
-def kernel_counts(pool: Pool) -> tuple[dict[str, int], int]:
-    """Return the mapped blocks of each active device, and the used ones of the pool, as the kernel tells."""
-    names = {device.id: device.name for device in pool.devices()}
-    mapped, used = {}, -1
-    with Control.open() as control:
-        for device in leftovers(control):
-            (status,) = device.status(commit=True)
-            if isinstance(status, ThinPoolStatus):
-                used = status.used_data_blocks
-            else:
-                assert isinstance(status, ThinStatus), status
-                mapped[names[int(device.uuid.rsplit("-", 1)[1])]] = status.mapped_bytes // BLOCK
-    return mapped, used
 
 
 def assert_contents(pool: Pool, model: PoolModel) -> None:
@@ -66,7 +52,8 @@ def assert_counts(pool: Pool, model: PoolModel) -> int:
     used = (status.data_bytes - status.data_free_bytes) // BLOCK
     if status.engine == "kernel":
         told = kernel_counts(pool)
-        assert told == (expected, used), f"the kernel: {told}, usage: {(expected, used)}"
+        usage = {name: blocks * BLOCK for name, blocks in expected.items()}, used
+        assert told == usage, f"the kernel: {told}, usage: {usage}"
     return used
 
 

@@ -4,8 +4,8 @@ With either engine: an error where somebody is told that data are safe, nothing 
 that the error names mends.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from blocksnap.pool_scrub import Unreadable
 from blocksnap.user_pool import UserPool
 from tests.kernel.devices import BLOCK, MIB, Disks, read_at
 from tests.kernel.pool_load import Load
+from tests.kernel.pools import let_go
 
 SIZES = {"metadata": 2 * MIB, "data": 16 * MIB}
 SIZE, BLOCKS = 4 * MIB, 20
@@ -87,16 +88,8 @@ def where(parts: Parts, tmp_path: Path) -> dict[str, Any]:
     return where
 
 
-@contextmanager
-def opened(where: dict[str, Any], engine: str) -> Iterator[Pool]:
-    """Open the pool; at the end let go of it, if it cannot be closed as a killed process does."""
-    pool = Pool.open(**where, engine=engine, direct_io=True)
-    try:
-        yield pool
-    finally:
-        with suppress(BlocksnapError):
-            pool.close()
-        pool.abandon()
+def opened(where: dict[str, Any], engine: str) -> AbstractContextManager[Pool]:
+    return let_go(Pool.open(**where, engine=engine, direct_io=True))
 
 
 def clear_needs_check(where: dict[str, Any]) -> None:

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from blocksnap.amplification.model import CowModel
-from blocksnap.device_mapper import Control, ThinPoolStatus, ThinStatus
+from blocksnap.device_mapper import Control
 from blocksnap.pool import Pool
 from blocksnap.thin_device import ThinDevice
 from blocksnap.traces import REQUEST, Requests
 from blocksnap.traces.request import DISCARD, WRITE
 from tests.golden_traces import TRACES
-from tests.kernel.devices import leftovers, sweep
-from tests.kernel.pools import discard
+from tests.kernel.devices import sweep
+from tests.kernel.pools import discard, kernel_counts
 from tests.trace_files import CARRIED, read
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -86,21 +86,6 @@ def replay(handles: list[Any], requests: Requests) -> None:
             handles[device].write(offset, content[:length])
 
 
-def told(pool: Pool) -> tuple[dict[str, int], int]:
-    """Return the mapped bytes of each device and the used blocks of the pool, as the kernel tells."""
-    names = {device.id: device.name for device in pool.devices()}
-    mapped, used = {}, -1
-    with Control.open() as control:
-        for device in leftovers(control):
-            (status,) = device.status(commit=True)
-            if isinstance(status, ThinPoolStatus):
-                used = status.used_data_blocks
-            else:
-                assert isinstance(status, ThinStatus), status
-                mapped[names[int(device.uuid.rsplit("-", 1)[1])]] = status.mapped_bytes
-    return mapped, used
-
-
 def made(pool: Pool, count: int, *, fresh: bool) -> list[ThinDevice]:
     """Return devices of holes, or containers of images that are written from end to end."""
     devices = [pool.create_device(f"device-{n}", DEVICE) for n in range(count)]
@@ -123,7 +108,7 @@ def assert_equal(path: Path, requests: Requests, block_size: int, *, fresh: bool
             model.feed(epoch)
             with held(devices) as handles:
                 replay(handles, epoch)
-                mapped, used = told(pool)
+                mapped, used = kernel_counts(pool)
             result = next(each for each in model.results() if each.block_size == block_size)
             ours = sum(mapped[device.name] for device in devices) // block_size
             assert ours == begun_with + result.blocks_provisioned - result.blocks_discarded

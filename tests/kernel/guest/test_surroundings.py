@@ -3,7 +3,7 @@
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from blocksnap.user_pool import UserPool
 from tests.file_systems import fresh_file_system, unmount_when_free
 from tests.kernel.devices import BLOCK, MIB, sweep
 from tests.kernel.pool_load import Load
+from tests.kernel.pools import let_go
 
 BLOCKS = 20
 DAY = 86400
@@ -68,16 +69,8 @@ def test_clock_that_jumps_disturbs_nothing(path: Path, engine: str) -> None:
     assert_recovered(path, engine)
 
 
-@contextmanager
-def opened(path: Path, engine: str) -> Iterator[Pool]:
-    """Open a pool; at the end let go of it, as a killed process does if it cannot be closed."""
-    pool = Pool.open(path, engine=engine)
-    try:
-        yield pool
-    finally:
-        with suppress(BlocksnapError):
-            pool.close()
-        pool.abandon()
+def opened(path: Path, engine: str) -> AbstractContextManager[Pool]:
+    return let_go(Pool.open(path, engine=engine))
 
 
 def repair_file_system(disk: Path) -> None:

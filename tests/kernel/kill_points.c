@@ -10,6 +10,7 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/dm-ioctl.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
@@ -17,6 +18,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/types.h>
 #include <unistd.h>
@@ -33,6 +35,7 @@ struct points {
 	bool after;
 	bool catalog;
 	pid_t armed;
+	atomic_int busy; /* removals of devices that others had open */
 	unsigned long kinds[POINTS_MAX];
 };
 
@@ -49,6 +52,7 @@ void kill_points_arm(int target, bool after, bool catalog)
 {
 	atomic_store(&points->begun, 0);
 	atomic_store(&points->ended, 0);
+	atomic_store(&points->busy, 0);
 	points->after = after;
 	points->catalog = catalog;
 	points->armed = getpid();
@@ -71,6 +75,12 @@ unsigned long kill_points_kind(int number)
 	return points->kinds[number];
 }
 
+/* How many removals were refused: the device was open for a moment, and they were repeated. */
+int kill_points_busy(void)
+{
+	return atomic_load(&points->busy);
+}
+
 static void call_begins(unsigned long kind)
 {
 	int number = atomic_fetch_add(&points->begun, 1);
@@ -82,8 +92,10 @@ static void call_begins(unsigned long kind)
 		kill(points->armed, SIGKILL);
 }
 
-static void call_ends(void)
+static void call_ends(unsigned long kind, bool busy)
 {
+	if (busy && kind == DM_DEV_REMOVE)
+		atomic_fetch_add(&points->busy, 1);
 	if (atomic_fetch_add(&points->ended, 1) + 1 == points->target && points->after)
 		kill(points->armed, SIGKILL);
 }
@@ -115,7 +127,7 @@ static bool in_catalog(int fd)
 		__typeof__(call) r_ = call;                                                                  \
 		int error_ = errno;                                                                          \
 		if (watched_)                                                                                \
-			call_ends();                                                                         \
+			call_ends(kind, r_ == -1 && error_ == EBUSY);                                        \
 		errno = error_;                                                                              \
 		return r_;                                                                                   \
 	} while (0)

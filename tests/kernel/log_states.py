@@ -27,6 +27,7 @@ from tests.kernel.user_mode import Guest
 from tests.thin_tools import thin_tool
 
 __all__ = [
+    "BETWEEN",
     "CATALOG",
     "DATA",
     "DISK",
@@ -47,7 +48,7 @@ CATALOG = Region(DATA.end, DATA.end + (4 << 20))
 DISK = CATALOG.end
 LOG_SIZE = 512 << 20
 STEPS = 40
-STATES_A_WORKLOAD = 500
+BETWEEN = 200
 THIN_CHECK_EACH = 20
 SECONDS = 120
 
@@ -130,15 +131,16 @@ def judge_state(directory: Path, log: DiskLog, position: int, cut: Cut, seed: in
         return judge(state, expectation(log.marks(position)), PIECE, is_block_lost_by_kernel)
 
 
-def explore(directory: Path, log: DiskLog, states: int, seed: int) -> None:
-    """Judge states of a recording: cuts at each flush and FUA write, and at random between."""
+def explore(directory: Path, log: DiskLog, between: int, seed: int) -> int:
+    """Judge states of a recording: cuts at each flush and FUA write, and `between` at random. Return how many."""
     rng = random.Random(seed)
-    ends = [at + 1 for at, entry in enumerate(log.entries) if entry.flags & (Flag.FLUSH | Flag.FUA)]
-    chosen = ends[:states] + [rng.randint(1, len(log.entries)) for _ in range(states - len(ends))]
+    chosen = [at + 1 for at, entry in enumerate(log.entries) if entry.flags & (Flag.FLUSH | Flag.FUA)]
+    chosen += [rng.randint(1, len(log.entries)) for _ in range(between)]
     for number, position in enumerate(sorted(chosen)):
         cut, state_seed = Cut(number % 3), rng.randrange(1 << 32)
         if wrong := judge_state(directory, log, position, cut, state_seed):
             raise WrongStateError(f"{wrong}: replay {keep(log)} {position} {cut.name} {state_seed}")
+    return len(chosen)
 
 
 def keep(log: DiskLog) -> str:
@@ -157,8 +159,7 @@ def main(states: int = 1000, seed: int = 1) -> None:
     done = 0
     while done < states:
         with memory_directory() as directory:
-            explore(directory, record(directory, seed), STATES_A_WORKLOAD, seed)
-        done += STATES_A_WORKLOAD
+            done += explore(directory, record(directory, seed), BETWEEN, seed)
         seed += 1
     print(f"{done} crash states of the kernel engine, all recovered")
 

@@ -42,6 +42,8 @@ class Log:
 
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        # A cut may have torn the last line, and what follows must not become part of it.
+        os.ftruncate(self._file, path.read_bytes().rfind(b"\n") + 1)
         self._lock = threading.Lock()
 
     def say(self, *words: object) -> None:

@@ -6,12 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernel.log_states import WrongStateError, explore, memory_directory, record, replay
+from tests.kernel.log_states import BETWEEN, WrongStateError, explore, memory_directory, record, replay
 from tests.kernel.log_writes import DiskLog, Flag
 from tests.kernel.user_mode import missing
 from tests.thin_tools import needs_thin_tools
-
-STATES = 500
 
 pytestmark = [
     pytest.mark.skipif(missing() != "", reason=f"needs {missing()}"),
@@ -34,16 +32,16 @@ def log(request: pytest.FixtureRequest) -> Iterator[DiskLog]:
 
 def test_every_cut_leaves_pool_and_catalog_in_agreement(log: DiskLog, directory: Path) -> None:
     flushes = sum(bool(entry.flags & (Flag.FLUSH | Flag.FUA)) for entry in log.entries)
-    assert 100 < flushes < STATES
-    explore(directory, log, STATES, seed=1)
-    print(f"{STATES} states of {len(log.entries)} entries, {flushes} of them flushes")
+    assert flushes > 100
+    states = explore(directory, log, BETWEEN, seed=1)
+    print(f"{states} states of {len(log.entries)} entries, {flushes} of them flushes")
 
 
 def test_disk_that_ignores_flushes_is_found_out_and_shown_again(
     log: DiskLog, directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(WrongStateError) as wrong:
-        explore(directory, replace(log, flushes=False), STATES, seed=1)
+        explore(directory, replace(log, flushes=False), BETWEEN, seed=1)
     what, _, again = str(wrong.value).rpartition(": replay ")
     kept, *words = again.split()
     replay(kept, *words)

@@ -151,45 +151,25 @@ void cow_metadata_grow(struct bs_cow_model *m, uint64_t bytes)
 
 /* ---- what a commit writes ---- */
 
-/* Returns whether a bitmap (height 0) or an inner node was not counted before. */
-static bool count_once(struct bs_cow_model *m, int level, int height, uint32_t device, uint64_t place)
+/* Returns how many of two bitmaps (height 0) or inner nodes, which are one or neighbours, were not counted before:
+ * what is counted ascends. */
+INLINE uint64_t count_new(struct cow_counted *counted, uint32_t device, uint64_t first, uint64_t last)
 {
-	uint64_t index = place | (uint64_t)level << 48 | (uint64_t)height << 56;
-	struct cow_key *latest = &m->latest[level][height];
+	uint64_t next = counted->device == device ? counted->next : 0;
 
-	if (latest->index == index && latest->device == device && latest->stamp == m->counting)
-		return false;
-	*latest = (struct cow_key){index, device, m->counting};
-	struct cow_key *key = cow_table_find(&m->counted, sizeof(struct cow_key), index, device);
-
-	if (!key)
-		m->out_of_memory |= !cow_table_add(&m->counted, index, device, m->counting);
-	else if (key->stamp == m->counting)
-		return false;
-	else
-		key->stamp = m->counting;
-	return true;
+	*counted = (struct cow_counted){device, last + 1};
+	return (first >= next) + (last > first);
 }
 
-static uint64_t count_bitmaps(
-	struct bs_cow_model *m, int level, uint32_t device, uint64_t first, uint64_t last)
-{
-	uint64_t bitmap = first * COW_LEAF / ENTRIES_PER_BITMAP, end = last * COW_LEAF / ENTRIES_PER_BITMAP;
-
-	return count_once(m, level, 0, device, bitmap) +
-	       (end != bitmap && count_once(m, level, 0, device, end));
-}
-
-/* The nodes above two leaves, which are one or neighbours at each height. */
-static uint64_t count_inner(struct bs_cow_model *m, int level, uint32_t device, uint64_t first, uint64_t last)
+/* The nodes above two leaves. */
+INLINE uint64_t count_inner(struct bs_cow_model *m, int level, uint32_t device, uint64_t first, uint64_t last)
 {
 	uint64_t blocks = 0;
 
 	for (int height = 1; height < m->levels[level].height; height++) {
 		first /= COW_LEAF;
 		last /= COW_LEAF;
-		int new = count_once(m, level, height, device, first) +
-			  (last != first && count_once(m, level, height, device, last));
+		uint64_t new = count_new(&m->counted[level][height], device, first, last);
 
 		if (!new)
 			break;
@@ -198,7 +178,7 @@ static uint64_t count_inner(struct bs_cow_model *m, int level, uint32_t device, 
 	return blocks;
 }
 
-static void end_epoch(struct marks *marks, uint32_t epoch)
+INLINE void end_epoch(struct marks *marks, uint32_t epoch)
 {
 	if (marks->epoch == epoch)
 		return;
@@ -212,7 +192,7 @@ static void end_epoch(struct marks *marks, uint32_t epoch)
 
 /* The marks of one level stand for at most 64 leaves, which lie below two nodes at most, and in two
  * bitmaps. */
-static void count_marks(struct bs_cow_model *m, int level, const struct marks *marks)
+INLINE void count_marks(struct bs_cow_model *m, int level, const struct marks *marks)
 {
 	struct cow_pending *p = &m->levels[level].pending;
 	uint32_t device = marks->key.device;
@@ -227,7 +207,8 @@ static void count_marks(struct bs_cow_model *m, int level, const struct marks *m
 	p->leaves += __builtin_popcountll(bits);
 	p->overflow += __builtin_popcountll(bits & cow_level_bits(fresh ? marks->twice : marks->once, j) &
 					    ~cow_level_bits(marks->recent, j));
-	p->bitmaps += count_bitmaps(m, level, device, first, last);
+	p->bitmaps += count_new(&m->counted[level][0], device, first * COW_LEAF / ENTRIES_PER_BITMAP,
+		last * COW_LEAF / ENTRIES_PER_BITMAP);
 	p->inner += count_inner(m, level, device, first, last);
 }
 
@@ -266,20 +247,18 @@ static uint64_t blocks_of(const struct bs_cow_model *m, int level)
 	       divide_up(cow_allocated(m, level) - l->allocated, ENTRIES_PER_BITMAP);
 }
 
-/* No stamp of the past may come up again. */
-static void next_counting(struct bs_cow_model *m)
+/* By device, depth and place. */
+static int compare_keys(const void *left, const void *right)
 {
-	if (++m->counting)
-		return;
-	cow_table_deinit(&m->counted);
-	m->out_of_memory |= cow_table_init(&m->counted, sizeof(struct cow_key)) < 0;
-	m->counting = 1;
+	const struct cow_key *a = left, *b = right;
+
+	if (a->device != b->device)
+		return a->device < b->device ? -1 : 1;
+	return (a->index > b->index) - (a->index < b->index);
 }
 
-void cow_metadata_pending(struct bs_cow_model *m, uint64_t ret_blocks[COW_LEVELS])
+INLINE void count_changed(struct bs_cow_model *m)
 {
-	for (int i = 0; i < m->nr_sizes; i++)
-		m->levels[m->sizes[i]].pending = (struct cow_pending){0};
 	for (size_t i = 0; i < m->nr_changed; i++) {
 		const struct cow_key *key = &m->changed[i];
 		struct marks *marks = cow_table_find(&m->marks, sizeof(*marks), key->index, key->device);
@@ -290,9 +269,27 @@ void cow_metadata_pending(struct bs_cow_model *m, uint64_t ret_blocks[COW_LEVELS
 			if (m->wanted[depth] >> j & 1)
 				count_marks(m, 6 * depth + j, marks);
 	}
+}
+
+FAST static void count_changed_fast(struct bs_cow_model *m)
+{
+	count_changed(m);
+}
+
+void cow_metadata_pending(struct bs_cow_model *m, uint64_t ret_blocks[COW_LEVELS])
+{
+	for (int i = 0; i < m->nr_sizes; i++) {
+		m->levels[m->sizes[i]].pending = (struct cow_pending){0};
+		memset(m->counted[m->sizes[i]], 0, sizeof(m->counted[0]));
+	}
+	if (m->nr_changed > 1)
+		qsort(m->changed, m->nr_changed, sizeof(*m->changed), compare_keys);
+	if (m->fast)
+		count_changed_fast(m);
+	else
+		count_changed(m);
 	for (int i = 0; i < m->nr_sizes; i++)
 		ret_blocks[m->sizes[i]] = blocks_of(m, m->sizes[i]);
-	next_counting(m);
 }
 
 static void settle_marks(struct bs_cow_model *m)
@@ -333,15 +330,12 @@ void cow_metadata_commit(struct bs_cow_model *m, bool snapshot)
 
 int cow_metadata_init(struct bs_cow_model *m)
 {
-	int r = cow_table_init(&m->marks, sizeof(struct marks));
-
-	m->transaction = m->counting = 1;
-	return r < 0 ? r : cow_table_init(&m->counted, sizeof(struct cow_key));
+	m->transaction = 1;
+	return cow_table_init(&m->marks, sizeof(struct marks));
 }
 
 void cow_metadata_deinit(struct bs_cow_model *m)
 {
 	cow_table_deinit(&m->marks);
-	cow_table_deinit(&m->counted);
 	free(m->changed);
 }

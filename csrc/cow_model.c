@@ -117,7 +117,7 @@ void bs_cow_model_destroy(struct bs_cow_model *m)
 /* ---- nodes ---- */
 
 /* Whether the blocks of a node that does not exist are holes: the node above knows, or the one above it. */
-static bool begins_as_hole(const struct bs_cow_model *m, int depth, uint64_t node, uint32_t device)
+static bool begins_as_hole(struct bs_cow_model *m, int depth, uint64_t node, uint32_t device)
 {
 	while (++depth <= m->top) {
 		const struct cow_node *above = cow_node_find(m, depth, node >> 6, device);
@@ -403,8 +403,7 @@ void bs_cow_model_trace(const struct bs_cow_model *m, struct bs_cow_trace *ret)
 {
 	*ret = m->trace;
 	ret->memory_bytes = sizeof(*m) + m->records * m->nr_sizes * sizeof(*m->epochs) +
-			    cow_nodes_bytes(&m->nodes) + cow_table_bytes(&m->marks) +
-			    cow_table_bytes(&m->counted);
+			    cow_nodes_bytes(&m->nodes) + cow_table_bytes(&m->marks);
 }
 
 int bs_cow_model_results(struct bs_cow_model *m, struct bs_cow_result *out, int capacity)

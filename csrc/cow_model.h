@@ -31,6 +31,13 @@
 
 #define COW_LANES 8
 
+#if defined(__x86_64__)
+#define FAST __attribute__((target("popcnt,bmi,bmi2,lzcnt,avx2")))
+#else
+#define FAST
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
 /* Of the six levels of a depth, side by side for vector instructions; lanes 6 and 7 are idle. In blocks unless
  * the name says bytes. */
 struct cow_sums {
@@ -55,6 +62,12 @@ struct cow_level {
 	uint64_t allocated;                                 /* when the transaction began */
 	uint64_t unmapped_leaves; /* of the transaction, without marks, inside large ranges */
 	int height;               /* of the mapping tree */
+};
+
+/* The latest of the bitmaps, or of the nodes of a height, that were counted: the one before `next`. */
+struct cow_counted {
+	uint32_t device;
+	uint64_t next;
 };
 
 /* What changed last in this transaction: the leaf of level 6 * depth, and those it lies in at the next
@@ -85,11 +98,10 @@ struct bs_cow_model {
 	struct bs_cow_epoch *epochs; /* nr_sizes for each of so many records */
 	uint64_t records, epochs_a_record;
 	struct cow_nodes nodes;
-	struct cow_table marks, counted; /* cow_metadata.c */
-	struct cow_key *changed;         /* marks of the running transaction */
+	struct cow_table marks;  /* cow_metadata.c */
+	struct cow_key *changed; /* marks of the running transaction */
 	size_t nr_changed, changed_capacity;
-	uint32_t counting;
-	struct cow_key latest[COW_LEVELS][COW_HEIGHTS]; /* of `counted` */
+	struct cow_counted counted[COW_LEVELS][COW_HEIGHTS];
 	struct cow_marked marked[COW_DEPTHS];
 	uint64_t inside[COW_DEPTHS][COW_LANES]; /* bits of an offset that say where it lies in its block */
 	uint64_t heap_from[64], heap_to[64]; /* word 1: all that lies at or behind, at or before, a block */
@@ -127,7 +139,7 @@ struct cow_range {
 
 /* NULL if the node does not exist. */
 static inline struct cow_node *cow_node_find(
-	const struct bs_cow_model *m, int depth, uint64_t node, uint32_t device)
+	struct bs_cow_model *m, int depth, uint64_t node, uint32_t device)
 {
 	struct cow_node *n = cow_nodes_place(&m->nodes, depth, node, device);
 

@@ -31,10 +31,14 @@ struct cow_group {
 
 struct cow_slab;
 
+#define COW_INDEX_DEPTHS 16 /* that cow_index() has bits for */
+
 struct cow_nodes {
 	struct cow_table groups;
-	struct cow_slab *slabs; /* the latest first: where groups come from */
-	size_t left, bytes;     /* groups in the latest; bytes of all */
+	struct cow_group latest
+		[COW_INDEX_DEPTHS]; /* where the last look of each depth ended: often the next one's, too */
+	struct cow_slab *slabs;     /* the latest first: where groups come from */
+	size_t left, bytes;         /* groups in the latest; bytes of all */
 };
 
 /* -ENOMEM. */
@@ -58,12 +62,19 @@ static inline const void *cow_nodes_group(
 
 /* Where the node is, or would be; NULL if there is no place for it yet. It stays where it is. */
 static inline struct cow_node *cow_nodes_place(
-	const struct cow_nodes *nodes, int depth, uint64_t node, uint32_t device)
+	struct cow_nodes *nodes, int depth, uint64_t node, uint32_t device)
 {
-	struct cow_group *group = cow_table_find(
-		&nodes->groups, sizeof(*group), cow_index(depth, node >> COW_GROUP_BITS), device);
+	uint64_t index = cow_index(depth, node >> COW_GROUP_BITS);
+	struct cow_group *latest = &nodes->latest[depth];
 
-	return group ? group->nodes + (node & ((1 << COW_GROUP_BITS) - 1)) : NULL;
+	if (latest->key.index != index || latest->key.device != device || !latest->key.stamp) {
+		struct cow_group *group = cow_table_find(&nodes->groups, sizeof(*group), index, device);
+
+		if (!group)
+			return NULL;
+		*latest = *group;
+	}
+	return latest->nodes + (node & ((1 << COW_GROUP_BITS) - 1));
 }
 
 static inline size_t cow_nodes_bytes(const struct cow_nodes *nodes)

@@ -10,13 +10,7 @@
  */
 #include "cow_model.h"
 
-#if defined(__x86_64__)
-#define FAST __attribute__((target("popcnt,bmi,bmi2,lzcnt,avx2")))
-#else
-#define FAST
-#endif
 #define AHEAD 8 /* requests whose nodes are on their way into the cache */
-#define INLINE static inline __attribute__((always_inline))
 
 typedef uint64_t lanes __attribute__((vector_size(32), aligned(8)));
 
@@ -174,7 +168,7 @@ INLINE void fetch_group(const struct bs_cow_model *m, const struct bs_request *r
 }
 
 /* The place of the node where a request begins, on its way into the cache. */
-INLINE struct cow_node *fetch(const struct bs_cow_model *m, const struct bs_request *request)
+INLINE struct cow_node *fetch(struct bs_cow_model *m, const struct bs_request *request)
 {
 	uint64_t node = request->offset >> m->base_shift >> 6;
 	struct cow_node *place = cow_nodes_place(&m->nodes, 0, node, request->device);

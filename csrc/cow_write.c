@@ -67,17 +67,19 @@ INLINE void claim(struct bs_cow_model *m, int depth, struct cow_node *n, const s
 	struct cow_set new)
 {
 	struct cow_sums *sums = &m->sums[depth];
-	struct cow_set holes = set_and(new, n->hole);
+	struct cow_set holes = set_and(new, n->hole), superseded = set_and(new, n->previous);
 
 	add_blocks(sums->allocated, new);
-	add_blocks(sums->superseded, set_and(new, n->previous));
+	if (superseded.w[0] | superseded.w[1]) {
+		add_blocks(sums->superseded, superseded);
+		n->previous = set_without(n->previous, new);
+	}
 	add_parts(m, depth, ends, set_without(new, holes), sums->copied, sums->copied_bytes);
 	if (holes.w[0] | holes.w[1]) {
 		add_blocks(sums->provisioned, holes);
 		add_parts(m, depth, ends, holes, NULL, sums->filled_bytes);
 		n->hole = set_without(n->hole, new);
 	}
-	n->previous = set_without(n->previous, new);
 	n->current.w[0] |= new.w[0];
 	n->current.w[1] |= new.w[1];
 }

@@ -94,10 +94,10 @@ INLINE struct cow_set touched(const struct bs_cow_model *m, const struct cow_end
 /* The number of levels, from the first on, at which a set has a block, if the first one has. */
 INLINE int levels_of(struct cow_set set)
 {
-	static const uint8_t of_bit[64] = {
-		[2] = 6, 6, [4] = 5, 5, 5, 5, [8 ... 15] = 4, [16 ... 31] = 3, [32 ... 63] = 2};
+	static const uint8_t of_bit[65] = {
+		[2] = 6, 6, [4] = 5, 5, 5, 5, [8 ... 15] = 4, [16 ... 31] = 3, [32 ... 63] = 2, 1};
 
-	return set.w[1] ? of_bit[__builtin_ctzll(set.w[1])] : 1;
+	return of_bit[set.w[1] ? __builtin_ctzll(set.w[1]) : 64];
 }
 
 INLINE void change_metadata(struct bs_cow_model *m, int depth, uint64_t node, uint32_t device,
@@ -166,15 +166,18 @@ INLINE void fetch_group(const struct bs_cow_model *m, const struct bs_request *r
 {
 	uint64_t node = request->offset >> m->base_shift >> 6;
 
-	__builtin_prefetch(cow_nodes_group(&m->nodes, 0, node, request->device));
+	if (request->kind == BS_REQUEST_WRITE)
+		__builtin_prefetch(cow_nodes_group(&m->nodes, 0, node, request->device));
 }
 
-/* The place of the node where a request begins, on its way into the cache. */
+/* The place of the node where a write begins, on its way into the cache. */
 INLINE struct cow_node *fetch(struct bs_cow_model *m, const struct bs_request *request)
 {
 	uint64_t node = request->offset >> m->base_shift >> 6;
-	struct cow_node *place = cow_nodes_place(&m->nodes, 0, node, request->device);
 
+	if (request->kind != BS_REQUEST_WRITE)
+		return NULL;
+	struct cow_node *place = cow_nodes_place(&m->nodes, 0, node, request->device);
 	__builtin_prefetch(place);
 	return place;
 }
@@ -182,13 +185,13 @@ INLINE struct cow_node *fetch(struct bs_cow_model *m, const struct bs_request *r
 INLINE uint64_t take_transfers(struct bs_cow_model *m, const struct bs_request *requests, uint64_t count)
 {
 	uint64_t highest = m->trace.highest_byte, limit = cow_minimum(m->grows_at - 1, COW_MAX_END), i = 0;
-	uint64_t counts[2] = {0, 0}, bytes[2] = {0, 0}; /* by kind */
+	uint64_t bytes = 0, writes = 0, written = 0;
 	uint64_t most = m->snapshot_writes - m->writes, most_bytes = m->snapshot_bytes - m->bytes;
 	struct cow_node *places[AHEAD];
 
 	for (uint64_t k = 0; k < cow_minimum(AHEAD, count); k++)
 		places[k] = fetch(m, &requests[k]);
-	for (; i < count && counts[BS_REQUEST_WRITE] < most && bytes[BS_REQUEST_WRITE] < most_bytes; i++) {
+	for (; i < count; i++) {
 		const struct bs_request *r = &requests[i];
 		struct cow_range range = {r->offset, r->offset + r->length, r->device};
 		struct cow_node *place = places[i % AHEAD];
@@ -201,20 +204,25 @@ INLINE uint64_t take_transfers(struct bs_cow_model *m, const struct bs_request *
 		if (i + AHEAD < count)
 			places[i % AHEAD] = fetch(m, r + AHEAD);
 		highest = range.end > highest ? range.end : highest;
-		counts[r->kind]++;
-		bytes[r->kind] += r->length;
-		if (r->kind == BS_REQUEST_WRITE)
-			apply_write(m, &range, place);
+		bytes += r->length;
+		if (r->kind != BS_REQUEST_WRITE)
+			continue;
+		written += r->length;
+		apply_write(m, &range, place);
+		if (++writes >= most || written >= most_bytes) {
+			i++;
+			break;
+		}
 	}
 	m->trace.highest_byte = highest;
 	m->trace.requests += i;
-	m->trace.reads += counts[BS_REQUEST_READ];
-	m->trace.read_bytes += bytes[BS_REQUEST_READ];
-	m->trace.writes += counts[BS_REQUEST_WRITE];
-	m->trace.written_bytes += bytes[BS_REQUEST_WRITE];
-	m->writes += counts[BS_REQUEST_WRITE];
-	m->bytes += bytes[BS_REQUEST_WRITE];
-	m->dirty |= counts[BS_REQUEST_WRITE] > 0;
+	m->trace.reads += i - writes;
+	m->trace.read_bytes += bytes - written;
+	m->trace.writes += writes;
+	m->trace.written_bytes += written;
+	m->writes += writes;
+	m->bytes += written;
+	m->dirty |= writes > 0;
 	return i;
 }
 

@@ -80,7 +80,6 @@ void cow_metadata_mark(struct bs_cow_model *m, int depth, uint32_t device, uint6
 	marks->leaves.w[0] |= 1ull << place;
 	for (int j = 1; j < levels; j++)
 		marks->leaves.w[1] |= 1ull << ((64 + place) >> j);
-	m->marked[depth] = (struct cow_marked){leaf, device, levels};
 }
 
 /* Of level 6 * depth + j. */
@@ -302,8 +301,6 @@ static void settle_marks(struct bs_cow_model *m)
 			marks->recent.w[w] |= marks->leaves.w[w];
 	}
 	m->nr_changed = 0;
-	for (int i = 0; i < COW_DEPTHS; i++)
-		m->marked[i].levels = 0;
 	m->transaction++;
 }
 

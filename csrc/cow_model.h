@@ -70,14 +70,6 @@ struct cow_counted {
 	uint64_t next;
 };
 
-/* What changed last in this transaction: the leaf of level 6 * depth, and those it lies in at the next
- * levels. */
-struct cow_marked {
-	uint64_t leaf;
-	uint32_t device;
-	int levels;
-};
-
 struct bs_cow_model {
 	struct bs_cow_options options;
 	struct bs_cow_trace trace;
@@ -102,7 +94,6 @@ struct bs_cow_model {
 	struct cow_key *changed; /* marks of the running transaction */
 	size_t nr_changed, changed_capacity;
 	struct cow_counted counted[COW_LEVELS][COW_HEIGHTS];
-	struct cow_marked marked[COW_DEPTHS];
 	uint64_t inside[COW_DEPTHS][COW_LANES]; /* bits of an offset that say where it lies in its block */
 	uint64_t heap_from[64], heap_to[64]; /* word 1: all that lies at or behind, at or before, a block */
 	struct cow_sums sums[COW_DEPTHS], before[COW_DEPTHS]; /* now; when the epoch began */

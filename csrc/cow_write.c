@@ -4,9 +4,10 @@
  * epoch. A write whose smallest blocks are none of them new costs one look at one cache line, which was fetched
  * while the requests before it were worked on.
  *
- * What is new in a node is counted for its six levels at once, without branches: which levels have something
- * new is random, and a wrong guess costs more than the counting. Compiled twice, since bits take fewer
- * instructions where the processor has them.
+ * What is new in a node is counted once, after the last of the writes in a row that touch it; only what they copy
+ * depends on each of them. Both are counted for its six levels at once, without branches: which levels have
+ * something new is random, and a wrong guess costs more than the counting. Compiled twice, since bits take
+ * fewer instructions where the processor has them.
  */
 #include "cow_model.h"
 
@@ -62,28 +63,6 @@ INLINE struct cow_set set_without(struct cow_set a, struct cow_set b)
 	return (struct cow_set){{a.w[0] & ~b.w[0], a.w[1] & ~b.w[1]}};
 }
 
-/* Blocks touched for the first time in this epoch. */
-INLINE void claim(struct bs_cow_model *m, int depth, struct cow_node *n, const struct cow_ends *ends,
-	struct cow_set new)
-{
-	struct cow_sums *sums = &m->sums[depth];
-	struct cow_set holes = set_and(new, n->hole), superseded = set_and(new, n->previous);
-
-	add_blocks(sums->allocated, new);
-	if (superseded.w[0] | superseded.w[1]) {
-		add_blocks(sums->superseded, superseded);
-		n->previous = set_without(n->previous, new);
-	}
-	add_parts(m, depth, ends, set_without(new, holes), sums->copied, sums->copied_bytes);
-	if (holes.w[0] | holes.w[1]) {
-		add_blocks(sums->provisioned, holes);
-		add_parts(m, depth, ends, holes, NULL, sums->filled_bytes);
-		n->hole = set_without(n->hole, new);
-	}
-	n->current.w[0] |= new.w[0];
-	n->current.w[1] |= new.w[1];
-}
-
 /* The blocks of all levels that a write touches. */
 INLINE struct cow_set touched(const struct bs_cow_model *m, const struct cow_ends *ends)
 {
@@ -100,66 +79,122 @@ INLINE int levels_of(struct cow_set set)
 	return of_bit[set.w[1] ? __builtin_ctzll(set.w[1]) : 64];
 }
 
-INLINE void change_metadata(struct bs_cow_model *m, int depth, uint64_t node, uint32_t device,
-	const struct cow_ends *ends, struct cow_set new, int levels)
+INLINE void change_metadata(
+	struct bs_cow_model *m, int depth, uint64_t node, uint32_t device, struct cow_set new)
 {
-	const struct cow_marked *marked = &m->marked[depth];
-	uint64_t leaf = (node << 6 | ends->first) / COW_LEAF;
+	uint64_t block = node << 6, leaf = (block | __builtin_ctzll(new.w[0])) / COW_LEAF;
 
-	if (leaf != (node << 6 | ends->last) / COW_LEAF)
+	if (leaf == (block | (63 - __builtin_clzll(new.w[0]))) / COW_LEAF)
+		cow_metadata_mark(m, depth, device, leaf, levels_of(new));
+	else
 		cow_metadata_mark_levels(m, depth, node, device, new);
-	else if (marked->leaf != leaf || marked->device != device || marked->levels < levels)
-		cow_metadata_mark(m, depth, device, leaf, levels);
 }
 
-/* Returns whether a block of the last level is new. n: the node, NULL if it is not known. */
-INLINE bool write_node(
-	struct bs_cow_model *m, int depth, uint64_t node, const struct cow_range *range, struct cow_node *n)
-{
-	struct cow_ends ends = cow_ends(m, depth, node, range);
+/* Writes in a row to one node: their new blocks are counted when another node has its turn. Until then those that
+ * were holes, or of the epoch before, are so still. */
+struct visit {
+	struct cow_node *n; /* NULL: nothing yet */
+	uint64_t node;
+	uint32_t device;
+	struct cow_set before; /* was current */
+};
 
-	if (!n)
-		n = cow_node_find(m, depth, node, range->device);
-	if (!n)
-		n = cow_node_add(m, depth, node, range->device);
-	if (!n)
-		return false;
-	cow_node_begin_epoch(m, n);
-	struct cow_set new = set_without(touched(m, &ends), n->current);
+INLINE void end_visit(struct bs_cow_model *m, int depth, const struct visit *visit)
+{
+	struct cow_sums *sums = &m->sums[depth];
+	struct cow_node *n = visit->n;
+	struct cow_set new = set_without(n->current, visit->before);
+	struct cow_set holes = set_and(new, n->hole), superseded = set_and(new, n->previous);
+
 	if (!new.w[0])
-		return false;
-	claim(m, depth, n, &ends, new);
+		return;
+	add_blocks(sums->allocated, new);
+	if (superseded.w[0] | superseded.w[1]) {
+		add_blocks(sums->superseded, superseded);
+		n->previous = set_without(n->previous, new);
+	}
+	if (holes.w[0] | holes.w[1]) {
+		add_blocks(sums->provisioned, holes);
+		n->hole = set_without(n->hole, new);
+	}
 	if (depth)
 		n->children |= new.w[0];
-	change_metadata(m, depth, node, range->device, &ends, new, levels_of(new));
+	change_metadata(m, depth, visit->node, visit->device, new);
+}
+
+/* n: the node if it is known, else NULL. Returns NULL when out of memory. */
+INLINE struct cow_node *begin_visit(struct bs_cow_model *m, int depth, uint64_t node, uint32_t device,
+	struct cow_node *n, struct visit *visit)
+{
+	if (visit->n && visit->node == node && visit->device == device)
+		return visit->n;
+	if (!n)
+		n = cow_node_find(m, depth, node, device);
+	if (!n)
+		n = cow_node_add(m, depth, node, device);
+	if (!n)
+		return NULL;
+	if (visit->n)
+		end_visit(m, depth, visit);
+	cow_node_begin_epoch(m, n);
+	*visit = (struct visit){n, node, device, n->current};
+	return n;
+}
+
+/* Returns whether a block of the last level is new. */
+INLINE bool write_node(struct bs_cow_model *m, int depth, uint64_t node, const struct cow_range *range,
+	struct cow_node *n, struct visit *visit)
+{
+	struct cow_ends ends = cow_ends(m, depth, node, range);
+	struct cow_sums *sums = &m->sums[depth];
+
+	n = begin_visit(m, depth, node, range->device, n, visit);
+	if (!n)
+		return false;
+	struct cow_set new = set_without(touched(m, &ends), n->current), holes = set_and(new, n->hole);
+	if (!new.w[0])
+		return false;
+	add_parts(m, depth, &ends, set_without(new, holes), sums->copied, sums->copied_bytes);
+	if (holes.w[0] | holes.w[1])
+		add_parts(m, depth, &ends, holes, NULL, sums->filled_bytes);
+	n->current.w[0] |= new.w[0];
+	n->current.w[1] |= new.w[1];
 	return new.w[1] & 0xc;
 }
 
-INLINE void write_range(struct bs_cow_model *m, const struct cow_range *range, struct cow_node *first)
+INLINE void write_range(
+	struct bs_cow_model *m, const struct cow_range *range, struct cow_node *first, struct visit *visits)
 {
 	int shift = m->base_shift;
 
 	for (int depth = 0; depth <= m->top; depth++, shift += 6) {
 		uint64_t node = range->begin >> shift >> 6, last = (range->end - 1) >> shift >> 6;
-		bool climb = write_node(m, depth, node, range, first);
+		bool climb = write_node(m, depth, node, range, first, &visits[depth]);
 
 		while (++node <= last)
-			climb |= write_node(m, depth, node, range, NULL);
+			climb |= write_node(m, depth, node, range, NULL, &visits[depth]);
 		if (!climb)
 			return;
 		first = NULL;
 	}
 }
 
+INLINE void end_visits(struct bs_cow_model *m, const struct visit *visits)
+{
+	for (int depth = 0; depth <= m->top && visits[depth].n; depth++)
+		end_visit(m, depth, &visits[depth]);
+}
+
 /* Nothing is to be done if every smallest block of the range was written in this epoch. n: the place of the node
  * where the range begins, NULL if it is not known. */
-INLINE void apply_write(struct bs_cow_model *m, const struct cow_range *range, struct cow_node *n)
+INLINE void apply_write(
+	struct bs_cow_model *m, const struct cow_range *range, struct cow_node *n, struct visit *visits)
 {
 	uint64_t first = range->begin >> m->base_shift, last = (range->end - 1) >> m->base_shift;
 	uint64_t mask = ~0ull << (first & 63) & ~0ull >> (63 - (last & 63));
 
 	if (first >> 6 != last >> 6 || !n || n->stamp != m->epoch || mask & ~n->current.w[0])
-		write_range(m, range, n && n->stamp ? n : NULL);
+		write_range(m, range, n && n->stamp ? n : NULL, visits);
 }
 
 INLINE void fetch_group(const struct bs_cow_model *m, const struct bs_request *request)
@@ -188,6 +223,7 @@ INLINE uint64_t take_transfers(struct bs_cow_model *m, const struct bs_request *
 	uint64_t bytes = 0, writes = 0, written = 0;
 	uint64_t most = m->snapshot_writes - m->writes, most_bytes = m->snapshot_bytes - m->bytes;
 	struct cow_node *places[AHEAD];
+	struct visit visits[COW_DEPTHS] = {0};
 
 	for (uint64_t k = 0; k < cow_minimum(AHEAD, count); k++)
 		places[k] = fetch(m, &requests[k]);
@@ -208,12 +244,13 @@ INLINE uint64_t take_transfers(struct bs_cow_model *m, const struct bs_request *
 		if (r->kind != BS_REQUEST_WRITE)
 			continue;
 		written += r->length;
-		apply_write(m, &range, place);
+		apply_write(m, &range, place, visits);
 		if (++writes >= most || written >= most_bytes) {
 			i++;
 			break;
 		}
 	}
+	end_visits(m, visits);
 	m->trace.highest_byte = highest;
 	m->trace.requests += i;
 	m->trace.reads += i - writes;
@@ -238,5 +275,8 @@ uint64_t cow_take_transfers(struct bs_cow_model *m, const struct bs_request *req
 
 void cow_write(struct bs_cow_model *m, const struct cow_range *range)
 {
-	write_range(m, range, NULL);
+	struct visit visits[COW_DEPTHS] = {0};
+
+	write_range(m, range, NULL, visits);
+	end_visits(m, visits);
 }

@@ -33,6 +33,7 @@ __all__ = [
     "Finding",
     "Output",
     "check",
+    "check_block_size",
     "delta_ranges",
     "devices",
     "dump",
@@ -182,6 +183,11 @@ def check(path: Path, output: Output | None = None) -> CheckReport:
         _check(lib.bs_metadata_check(_encoded(path), lines.fileno(), result))
         lines.seek(0)
         return _report(result, tuple(Finding(*line.rstrip("\n").split(": ", 1)) for line in lines))
+
+
+def check_block_size(size: int) -> None:
+    """Raise ArgumentError for a size, in bytes, that data blocks cannot have."""
+    _check(lib.bs_check_block_size(size))
 
 
 def dump(path: Path, output: Output, *, held: bool = False) -> None:

@@ -68,6 +68,8 @@ struct bs_mapping {
 	uint64_t time;
 };
 
+/* -EINVAL unless data blocks can have that size, in bytes. */
+int bs_check_block_size(uint64_t block_size);
 /* Write an empty pool: metadata and data must exist and be large enough. Refuses a metadata device whose
  * first block is not zero with -EEXIST. data_bytes is rounded down to whole blocks. */
 int bs_pool_format(const char *metadata, const char *data, uint64_t data_bytes, uint64_t block_size);

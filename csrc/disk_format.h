@@ -11,6 +11,7 @@
 
 #include <assert.h>
 #include <endian.h>
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -47,6 +48,15 @@ static inline struct le64 le64_of(uint64_t v)
 #define MIN_DATA_BLOCK_SIZE 4096ull
 #define MAX_DATA_BLOCK_SIZE (1ull << 30)
 #define MAX_DATA_BLOCKS (1ull << 40)
+
+/* The kernel wants multiples of 64 KiB; the user engine also takes 4, 8, 16 and 32 KiB. */
+static inline bool is_data_block_size(uint64_t bytes)
+{
+	if (bytes < MIN_DATA_BLOCK_SIZE || bytes > MAX_DATA_BLOCK_SIZE)
+		return false;
+	return bytes < 65536 ? (bytes & (bytes - 1)) == 0 : bytes % 65536 == 0;
+}
+
 #define MAX_DEVICE_ID ((1u << 24) - 1)
 #define MAX_TIME ((1u << 24) - 1)
 

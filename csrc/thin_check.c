@@ -116,16 +116,6 @@ static bool all_zero(const void *data, size_t length)
 	return length == 0 || (p[0] == 0 && memcmp(p, p + 1, length - 1) == 0);
 }
 
-/* The kernel wants multiples of 64 KiB; the user engine also takes 4, 8, 16 and 32 KiB. */
-static bool is_data_block_size(uint32_t sectors)
-{
-	const uint32_t smallest = MIN_DATA_BLOCK_SIZE / SECTOR_SIZE, kernel = 128;
-
-	if (sectors < kernel)
-		return sectors >= smallest && (sectors & (sectors - 1)) == 0;
-	return sectors % kernel == 0 && sectors <= MAX_DATA_BLOCK_SIZE / SECTOR_SIZE;
-}
-
 static void check_identity(struct check *c)
 {
 	const struct disk_superblock *sb = &c->r.superblock;
@@ -173,7 +163,7 @@ static void check_sizes(struct check *c)
 	uint64_t nr = le64_get(sb->metadata_sm_root.nr_blocks),
 		 nr_data = le64_get(sb->data_sm_root.nr_blocks);
 
-	if (!is_data_block_size(le32_get(sb->data_block_size)))
+	if (!is_data_block_size((uint64_t)le32_get(sb->data_block_size) * SECTOR_SIZE))
 		check_finding(c, FATAL, "superblock: data_block_size of %u sectors is impossible",
 			le32_get(sb->data_block_size));
 	if (le32_get(sb->metadata_block_size) != METADATA_BLOCK_SECTORS)

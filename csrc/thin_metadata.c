@@ -19,6 +19,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "blocksnap.h"
 #include "error.h"
 #include "seed_bug.h"
 #include "thin_state.h"
@@ -151,13 +152,13 @@ static int read_block_zero(struct io *io, struct disk_superblock *ret)
 	return io_read(io, 0, ret, sizeof(*ret));
 }
 
-static bool block_size_fits(uint32_t sectors)
+int bs_check_block_size(uint64_t block_size)
 {
-	uint64_t bytes = (uint64_t)sectors * SECTOR_SIZE;
-
-	if (bytes < MIN_DATA_BLOCK_SIZE || bytes > MAX_DATA_BLOCK_SIZE)
-		return false;
-	return bytes < 65536 ? (bytes & (bytes - 1)) == 0 : bytes % 65536 == 0;
+	if (is_data_block_size(block_size))
+		return 0;
+	return bs_fail(-EINVAL,
+		"a block size of %" PRIu64 " bytes: 4K, 8K, 16K, 32K or a multiple of 64K up to 1G",
+		block_size);
 }
 
 static int check_superblock(struct io *io, const struct disk_superblock *sb)
@@ -182,7 +183,7 @@ static int check_superblock(struct io *io, const struct disk_superblock *sb)
 	if (le32_get(sb->incompat_flags) || le32_get(sb->compat_ro_flags) ||
 		le32_get(sb->flags) & ~SUPERBLOCK_NEEDS_CHECK)
 		return bs_fail(-EMEDIUMTYPE, "%s uses features that this version does not know", io->name);
-	if (!block_size_fits(le32_get(sb->data_block_size)))
+	if (!is_data_block_size((uint64_t)le32_get(sb->data_block_size) * SECTOR_SIZE))
 		return bs_fail(-EMEDIUMTYPE, "%s: data blocks of %u sectors are not possible: run pool check",
 			io->name, le32_get(sb->data_block_size));
 	if (blocks > METADATA_MAX_BLOCKS || size < 0 || (uint64_t)size / METADATA_BLOCK_SIZE < blocks)
@@ -266,10 +267,9 @@ int thin_metadata_format(struct io *io, uint32_t data_block_sectors, uint64_t nr
 	if (!all_zero(&sb, sizeof(sb)))
 		return bs_fail(-EEXIST, "%s is not empty: zero its first 4096 bytes if its content may go",
 			io->name);
-	if (!block_size_fits(data_block_sectors))
-		return bs_fail(-EINVAL,
-			"a block size of %" PRIu64 " bytes: 4K, 8K, 16K, 32K or a multiple of 64K up to 1G",
-			(uint64_t)data_block_sectors * SECTOR_SIZE);
+	r = bs_check_block_size((uint64_t)data_block_sectors * SECTOR_SIZE);
+	if (r < 0)
+		return r;
 	uint64_t nr_blocks = io_size(io) / METADATA_BLOCK_SIZE;
 	if (nr_blocks > METADATA_MAX_BLOCKS)
 		nr_blocks = METADATA_MAX_BLOCKS;

@@ -16,11 +16,8 @@ int bs_pool_format(const char *metadata, const char *data, uint64_t data_bytes, 
 
 	if (r == 0)
 		r = io_file_open(data, 0, &data_io);
-	if (r == 0 && (block_size < MIN_DATA_BLOCK_SIZE || block_size > MAX_DATA_BLOCK_SIZE ||
-			      block_size % SECTOR_SIZE))
-		r = bs_fail(-EINVAL,
-			"a block size of %" PRIu64 " bytes: 4K, 8K, 16K, 32K or a multiple of 64K up to 1G",
-			block_size);
+	if (r == 0)
+		r = bs_check_block_size(block_size);
 	if (r == 0 && (io_size(data_io) < 0 || (uint64_t)io_size(data_io) < data_bytes))
 		r = bs_fail(-EINVAL, "%s is shorter than %" PRIu64 " bytes", data, data_bytes);
 	if (r == 0 && data_bytes / block_size == 0)

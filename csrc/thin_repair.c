@@ -96,13 +96,6 @@ static int refuse_features(const struct repair *r)
 	return 0;
 }
 
-static bool is_data_block_size(uint64_t bytes)
-{
-	if (bytes < MIN_DATA_BLOCK_SIZE || bytes > MAX_DATA_BLOCK_SIZE)
-		return false;
-	return bytes < 65536 ? (bytes & (bytes - 1)) == 0 : bytes % 65536 == 0;
-}
-
 /* A number of data blocks for which there can be bitmaps. */
 static bool can_be_data_blocks(const struct repair *r, uint64_t nr)
 {
@@ -152,10 +145,8 @@ static int settle_block_size(struct repair *r)
 	uint64_t given = r->options->block_size, own = (uint64_t)r->facts.data_block_sectors * SECTOR_SIZE;
 	uint64_t data = r->options->data_bytes, nr = r->facts.nr_data_blocks;
 
-	if (given && !is_data_block_size(given))
-		return bs_fail(-EINVAL,
-			"a block size of %" PRIu64 " bytes: 4K, 8K, 16K, 32K or a multiple of 64K up to 1G",
-			given);
+	if (given && bs_check_block_size(given) < 0)
+		return -EINVAL;
 	if (given && own && r->trusted && given != own)
 		return bs_fail(-EINVAL, "the superblock says data blocks of %" PRIu64 " bytes, not %" PRIu64,
 			own, given);

@@ -46,8 +46,14 @@ def test_driver_is_measured_on_the_file_system_that_it_wants_or_that_is_named() 
 def test_unknown_file_systems_and_drivers_are_refused() -> None:
     with pytest.raises(ArgumentError, match='no testbed on "fat": take ext4, xfs, btrfs'):
         targets_for(["overlay@fat"], [])
-    with pytest.raises(ArgumentError, match='no driver "floppy"'):
+    with pytest.raises(ArgumentError, match=r'no driver "floppy".*beside .* xfs-reflink and volume'):
         targets_for(["floppy@xfs"], [])
+
+
+@pytest.mark.parametrize("driver", ["thin", "devicemapper"])
+def test_block_sizes_that_no_pool_can_have_are_refused_before_anything_is_measured(driver: str) -> None:
+    with pytest.raises(ArgumentError, match="a block size of 5120 bytes: 4K, 8K"):
+        targets_for([driver], [65536, 5120])
 
 
 def test_testbed_of_its_own_wants_loop_devices() -> None:

@@ -51,11 +51,18 @@ def setting_of(name: str) -> Setting:
     driver, at, file_system = name.partition("@")
     if at and file_system not in KINDS:
         raise ArgumentError(f'{name}: there is no testbed on "{file_system}": take {", ".join(KINDS)}')
-    return Setting(driver, file_system or _own_file_system(driver))
+    own = _own_file_system(driver)
+    return Setting(driver, file_system or own)
 
 
 def _own_file_system(driver: str) -> str:
-    return "ext4" if driver == BASELINE else drivers.driver_class(driver).file_system
+    if driver == BASELINE:
+        return "ext4"
+    try:
+        return drivers.driver_class(driver).file_system
+    except ArgumentError as error:
+        others = (*(name for name in _NAMED if name != "vfs"), BASELINE)
+        raise ArgumentError(f"{error}; beside them there are {' and '.join(others)}") from None
 
 
 def targets_for(names: Sequence[str], block_sizes: Sequence[int]) -> list[Target]:

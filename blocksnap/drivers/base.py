@@ -110,7 +110,10 @@ class Driver(ABC):
 
     @classmethod
     def block_sizes(cls, wanted: Sequence[int]) -> Sequence[int | None]:  # noqa: ARG003 - the general driver has none
-        """Return at which of the wanted block sizes the driver can be compared; one None if it has none."""
+        """Return at which of the wanted block sizes the driver can be compared; one None if it has none.
+
+        Raises ArgumentError for a size that its blocks cannot have anywhere.
+        """
         return (None,)
 
     # ---- layers ----------------------------------------------------------------------------------

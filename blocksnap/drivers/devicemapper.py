@@ -47,6 +47,7 @@ class DeviceMapperDriver(ThinDriver):
 
     @classmethod
     def block_sizes(cls, wanted: Sequence[int]) -> Sequence[int | None]:
+        super().block_sizes(wanted)
         return [size for size in wanted if _kernel_takes(size)]
 
 

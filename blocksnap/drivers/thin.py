@@ -25,7 +25,7 @@ from ..errors import (
     DeviceNotFoundError,
 )
 from ..file_system import FILE_SYSTEMS, find_program, grow_xfs, may_mount
-from ..metadata import DELTA_LEFT_ONLY
+from ..metadata import DELTA_LEFT_ONLY, check_block_size
 from ..pool import Pool
 from ..pool_client import PoolClient
 from ..remote_device import RemoteDevice
@@ -98,6 +98,8 @@ class ThinDriver(Driver):
 
     @classmethod
     def block_sizes(cls, wanted: Sequence[int]) -> Sequence[int | None]:
+        for size in wanted:
+            check_block_size(size)
         return wanted
 
     def close(self) -> None:

@@ -183,8 +183,8 @@ class Matrix:
                 visited = len(calls) - self._points.busy()
                 assert visited == number - 1, f"{number - 1} points visited of {calls}"
                 return calls
-            # A scan of udevd has a new device open for a moment, not each time: the removal is repeated, and this
-            # was another point than the one that had its turn.
+            # A scan of udevd has a new device open for a moment, not each time: the removal is repeated, and
+            # this was another point than the one that had its turn.
             number += not self._points.busy()
 
     def _killed_at(self, number: int) -> bool:

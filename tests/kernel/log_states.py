@@ -132,7 +132,7 @@ def judge_state(directory: Path, log: DiskLog, position: int, cut: Cut, seed: in
 
 
 def explore(directory: Path, log: DiskLog, between: int, seed: int) -> int:
-    """Judge cuts of a recording at each flush and FUA write, and `between` more at random; return how many."""
+    """Judge cuts of a recording at each flush and FUA write, and `between` at random; return how many."""
     rng = random.Random(seed)
     chosen = [at + 1 for at, entry in enumerate(log.entries) if entry.flags & (Flag.FLUSH | Flag.FUA)]
     chosen += [rng.randint(1, len(log.entries)) for _ in range(between)]

@@ -198,6 +198,24 @@ def test_closed_pipe_ends_quietly() -> None:
     assert done.returncode == 1
 
 
+def interrupted(arguments: list[str], started: Path, number: int) -> tuple[str, str, int]:
+    """Send a signal to a comparison once a path is there; return what it prints and its status."""
+    process = subprocess.Popen(
+        [*MAIN, "compare", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not started.exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    assert places_below(started.parent) != []
+    os.killpg(process.pid, number)  # as a terminal does: every process of the group gets it
+    out, complaint = process.communicate(timeout=60)
+    return out, complaint, process.returncode
+
+
 @needs_root
 @pytest.mark.parametrize("driver", ["overlay", "thin"])
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -206,17 +224,20 @@ def test_interrupted_it_leaves_nothing_behind(tmp_path: Path, driver: str, numbe
         pytest.skip(f"needs the driver {driver}: {reason}")
     started = tmp_path / "started"
     command = ["sh", "-c", f"touch {started}; sleep 1000"]
-    arguments = ["compare", "--drivers", driver, "--work-dir", str(tmp_path), "--", *command]
-    process = subprocess.Popen(
-        [*MAIN, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    while not started.exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    assert places_below(tmp_path) != []
-    os.killpg(process.pid, number)  # as a terminal does: every process of the group gets it
-    out, complaint = process.communicate(timeout=60)
-    assert process.returncode == status, complaint
-    assert (out, complaint) == ("", "")
+    arguments = ["--drivers", driver, "--work-dir", str(tmp_path), "--", *command]
+    assert interrupted(arguments, started, number) == ("", "", status)
     assert places_below(tmp_path) == []
     assert [path.name for path in tmp_path.iterdir()] == ["started"]
+
+
+@needs_root
+def test_interrupted_it_reports_what_was_measured_before(tmp_path: Path) -> None:
+    ran, again = tmp_path / "ran", tmp_path / "again"
+    command = ["sh", "-c", f"test -e {ran} && touch {again} && sleep 1000; touch {ran}; echo > {{root}}/new"]
+    drivers = ["--drivers", "vfs,overlay", "--work-dir", str(tmp_path)]
+    out, complaint, status = interrupted(["--json", *drivers, "--", *command], again, signal.SIGINT)
+    assert (status, complaint) == (130, "")
+    study = json.loads(out)
+    assert [(row["driver"], row["error"]) for row in study["results"]] == [("vfs", None)]
+    assert study["skipped"] == [{"driver": "overlay", "reason": "interrupted before it"}]
+    assert places_below(tmp_path) == []

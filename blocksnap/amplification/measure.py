@@ -31,7 +31,7 @@ from .testbed import DEFAULT_WORK_DIR, Testbed, check_space, open_testbed, work_
 from .volume import Volume
 from .workload import Workload
 
-__all__ = ["compare", "targets_for"]
+__all__ = ["InterruptedComparisonError", "compare", "targets_for"]
 
 _log = logging.getLogger(__name__)
 
@@ -56,38 +56,57 @@ def compare(
     Every target is measured once, then every one again, `repeats` times, so that a slow change of the machine
     meets all alike. The workload runs once more after each of the snapshots. Needs root for loop devices;
     without it only drivers that need none run, in a plain directory. On Ctrl-C nothing stays mounted, and
-    KeyboardInterrupt is raised. With keep the backing files stay in the work directory.
+    KeyboardInterrupt is raised: InterruptedComparisonError if a run was complete. With keep the backing files
+    stay in the work directory.
     """
     start, when = time.monotonic(), datetime.now().astimezone()
     runs: dict[Target, list[Measurement]] = {target: [] for target in targets}
     skipped: dict[str, str] = {}
-    with deferred_interrupts() as interrupts, work_directory(work_dir, keep=keep) as directory:
-        machine = describe_machine(work_dir)
-        staged = _staged(workload, directory, interrupts.check)
-        for number, target in product(range(repeats), targets):
-            if target.driver in skipped or any(run.error for run in runs[target]):
-                continue
-            run = _Run(staged, target, directory, number, snapshots + 1, keep, interrupts.check, progress)
-            interrupts.check()
-            try:
-                runs[target].append(run.measure())
-            except _CannotRunError as reason:
-                skipped[target.driver] = str(reason)
-            except Exception as error:  # noqa: BLE001 - a driver of a third party may raise anything
-                _log.debug("%s failed", target.label, exc_info=True)
-                runs[target].append(Measurement(target=target, error=_sentence(error)))
-        described = staged.describe()
-    return Comparison(
-        machine,
-        described,
-        [combined(done) for done in runs.values() if done],
-        [Skipped(driver, reason) for driver, reason in skipped.items()],
-        time.monotonic() - start,
-        str(directory) if keep else None,
-        repeats,
-        snapshots,
-        when.isoformat(timespec="minutes"),
-    )
+
+    def made() -> Comparison:
+        return Comparison(
+            machine,
+            described,
+            [combined(done) for done in runs.values() if done],
+            [Skipped(driver, reason) for driver, reason in skipped.items()],
+            time.monotonic() - start,
+            str(directory) if keep else None,
+            repeats,
+            snapshots,
+            when.isoformat(timespec="minutes"),
+        )
+
+    try:
+        with deferred_interrupts() as interrupts, work_directory(work_dir, keep=keep) as directory:
+            machine = describe_machine(work_dir)
+            staged = _staged(workload, directory, interrupts.check)
+            described = staged.describe()
+            for number, target in product(range(repeats), targets):
+                if target.driver in skipped or any(run.error for run in runs[target]):
+                    continue
+                run = _Run(staged, target, directory, number, snapshots + 1, keep, interrupts.check, progress)
+                interrupts.check()
+                try:
+                    runs[target].append(run.measure())
+                except _CannotRunError as reason:
+                    skipped[target.driver] = str(reason)
+                except Exception as error:  # noqa: BLE001 - a driver of a third party may raise anything
+                    _log.debug("%s failed", target.label, exc_info=True)
+                    runs[target].append(Measurement(target=target, error=_sentence(error)))
+    except KeyboardInterrupt:
+        if not any(runs.values()):
+            raise
+        skipped |= {target.label: "interrupted before it" for target in targets if not runs[target]}
+        raise InterruptedComparisonError(made()) from None
+    return made()
+
+
+class InterruptedComparisonError(KeyboardInterrupt):
+    """Ctrl-C came after the first run: `comparison` has the runs that were complete, and skips the others."""
+
+    def __init__(self, comparison: Comparison) -> None:
+        super().__init__()
+        self.comparison = comparison
 
 
 def _staged(workload: Workload, directory: Path, check: Callable[[], None]) -> Workload:

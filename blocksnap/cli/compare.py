@@ -84,8 +84,8 @@ def compare(
     workload runs in it and the device's own counter is read. Without root only drivers that need none run, in
     a plain directory.
     """
+    from ..amplification.measure import InterruptedComparisonError, targets_for
     from ..amplification.measure import compare as measure
-    from ..amplification.measure import targets_for
     from ..amplification.study import read_study
 
     before = read_study(baseline) if baseline is not None else None
@@ -97,19 +97,26 @@ def compare(
         chosen = _workloads(workload or [], tuple(command or ()))
         targets = targets_for(split_names(drivers), parse_sizes(block_sizes))
         phases = len(chosen) * len(targets) * repeat * (PHASES + (snapshots + 1) * PHASES_OF_EPOCH)
-        with show_progress(phases) as show:
-            study = [
-                measure(
-                    each,
-                    targets,
-                    repeats=repeat,
-                    snapshots=snapshots,
-                    work_dir=work_dir,
-                    keep=keep,
-                    progress=show,
-                )
-                for each in chosen
-            ]
+        study = []
+        try:
+            with show_progress(phases) as show:
+                for each in chosen:
+                    made = measure(
+                        each,
+                        targets,
+                        repeats=repeat,
+                        snapshots=snapshots,
+                        work_dir=work_dir,
+                        keep=keep,
+                        progress=show,
+                    )
+                    study.append(made)
+        except KeyboardInterrupt as stopped:
+            if isinstance(stopped, InterruptedComparisonError):
+                study.append(stopped.comparison)
+            if study:
+                _report(study, before, out, json)
+            raise
     _report(study, before, out, json)
     if any(row.error for made in study for row in made.results) or not all(made.results for made in study):
         raise typer.Exit(FAILED)

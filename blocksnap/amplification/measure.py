@@ -96,7 +96,8 @@ def compare(
     except KeyboardInterrupt:
         if not any(runs.values()):
             raise
-        skipped |= {target.label: "interrupted before it" for target in targets if not runs[target]}
+        left = [target for target, done in runs.items() if not done and target.driver not in skipped]
+        skipped |= {target.label: "interrupted before it" for target in left}
         raise InterruptedComparisonError(made()) from None
     return made()
 

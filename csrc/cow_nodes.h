@@ -35,10 +35,10 @@ struct cow_slab;
 
 struct cow_nodes {
 	struct cow_table groups;
-	struct cow_group latest
-		[COW_INDEX_DEPTHS]; /* where the last look of each depth ended: often the next one's, too */
-	struct cow_slab *slabs;     /* the latest first: where groups come from */
-	size_t left, bytes;         /* groups in the latest; bytes of all */
+	/* Where the last look of each depth ended: often the next one's, too. */
+	struct cow_group latest[COW_INDEX_DEPTHS];
+	struct cow_slab *slabs; /* the latest first: where groups come from */
+	size_t left, bytes;     /* groups in the latest; bytes of all */
 };
 
 /* -ENOMEM. */

@@ -47,7 +47,7 @@ class DeviceMapperDriver(ThinDriver):
 
     @classmethod
     def block_sizes(cls, wanted: Sequence[int]) -> Sequence[int | None]:
-        super().block_sizes(wanted)
+        super().block_sizes(wanted)  # which refuses what no pool can have
         return [size for size in wanted if _kernel_takes(size)]
 
 

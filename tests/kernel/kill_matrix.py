@@ -21,6 +21,7 @@ from pathlib import Path
 
 from blocksnap import metadata
 from blocksnap.device_mapper import Control
+from blocksnap.dm_cookie import udev_runs
 from blocksnap.errors import BusyError
 from blocksnap.pool import Pool
 from blocksnap.udev import left_cookies
@@ -167,8 +168,10 @@ class Matrix:
             self._places.restore()
             killed = self._killed_at(number)
             self._points.disarm()
-            calls = self._points.calls()
+            calls, busy = self._points.calls(), self._points.busy()
             try:
+                # A scan of udevd has a new device open for a moment, not each time: the removal is repeated.
+                assert not busy or udev_runs(), f"{busy} removals of busy devices"
                 found = self._recovered("user" if (number + self._points.after) % 2 else "kernel")
                 allowed = (self._operation.after, BEGINNING, *self._operation.between)
                 assert found in allowed, f"{found} is none of {allowed}"
@@ -180,12 +183,10 @@ class Matrix:
             if not killed:
                 assert found == self._operation.after
                 assert self._data_bytes == self._operation.data_size
-                visited = len(calls) - self._points.busy()
-                assert visited == number - 1, f"{number - 1} points visited of {calls}"
+                assert len(calls) - busy == number - 1, f"{number - 1} points visited of {calls}"
                 return calls
-            # A scan of udevd has a new device open for a moment, not each time: the removal is repeated, and
-            # this was another point than the one that had its turn.
-            number += not self._points.busy()
+            # After a repeated removal this was another point than the one that had its turn.
+            number += not busy
 
     def _killed_at(self, number: int) -> bool:
         """Do the operation in a child process; return whether it was killed in it."""

@@ -27,13 +27,13 @@ from tests.kernel.user_mode import Guest
 from tests.thin_tools import thin_tool
 
 __all__ = [
-    "BETWEEN",
     "CATALOG",
     "DATA",
     "DISK",
     "FIRST_DATA",
     "METADATA",
     "PIECE",
+    "STATES_A_WORKLOAD",
     "WrongStateError",
     "explore",
     "record",
@@ -48,7 +48,7 @@ CATALOG = Region(DATA.end, DATA.end + (4 << 20))
 DISK = CATALOG.end
 LOG_SIZE = 512 << 20
 STEPS = 40
-BETWEEN = 200
+STATES_A_WORKLOAD, BETWEEN = 500, 200
 THIN_CHECK_EACH = 20
 SECONDS = 120
 
@@ -131,10 +131,11 @@ def judge_state(directory: Path, log: DiskLog, position: int, cut: Cut, seed: in
         return judge(state, expectation(log.marks(position)), PIECE, is_block_lost_by_kernel)
 
 
-def explore(directory: Path, log: DiskLog, between: int, seed: int) -> int:
-    """Judge cuts of a recording at each flush and FUA write, and `between` at random; return how many."""
+def explore(directory: Path, log: DiskLog, seed: int) -> int:
+    """Judge cuts of a recording at each flush and FUA write, and at random between; return how many."""
     rng = random.Random(seed)
     chosen = [at + 1 for at, entry in enumerate(log.entries) if entry.flags & (Flag.FLUSH | Flag.FUA)]
+    between = max(BETWEEN, STATES_A_WORKLOAD - len(chosen))
     chosen += [rng.randint(1, len(log.entries)) for _ in range(between)]
     for number, position in enumerate(sorted(chosen)):
         cut, state_seed = Cut(number % 3), rng.randrange(1 << 32)
@@ -159,7 +160,7 @@ def main(states: int = 1000, seed: int = 1) -> None:
     done = 0
     while done < states:
         with memory_directory() as directory:
-            done += explore(directory, record(directory, seed), BETWEEN, seed)
+            done += explore(directory, record(directory, seed), seed)
         seed += 1
     print(f"{done} crash states of the kernel engine, all recovered")
 

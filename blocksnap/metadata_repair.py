@@ -52,7 +52,10 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RepairReport:
-    """What a repair saved and what it could not; block_size in bytes, data_blocks is the size of the data."""
+    """What a repair saved and what it could not; block_size in bytes, data_blocks is the size of the data.
+
+    failed_reads is how many reads of the damaged metadata failed: what they hold may be read another time.
+    """
 
     transaction_id: int
     block_size: int
@@ -60,6 +63,7 @@ class RepairReport:
     time: int
     mappings: int
     roots_found: bool
+    failed_reads: int
     devices: tuple[RepairedDevice, ...] = ()
     lost_devices: tuple[LostDevice, ...] = ()
     lost_blocks: tuple[LostBlocks, ...] = ()
@@ -102,6 +106,7 @@ def repair(
         time=result.time,
         mappings=result.mappings,
         roots_found=bool(result.roots_found),
+        failed_reads=result.failed_reads,
         devices=tuple(
             RepairedDevice(int(line[1]), int(line[2]), _number(line[3]))
             for line in told

@@ -23,6 +23,7 @@ from .errors import (
     ArgumentError,
     BlocksnapError,
     DamagedMetadataError,
+    DeviceIOError,
     DeviceNotFoundError,
     NoSpaceError,
     PoolFormatError,
@@ -106,8 +107,8 @@ def repair(
 ) -> PoolRepair:
     """Build new metadata from what can be read of a pool's: in `output`, or beside the old ones.
 
-    With swap they take the place of the old. block_size is needed if the superblock is lost. BusyError while
-    the pool is in use.
+    With swap they take the place of the old, unless a read of those failed (DeviceIOError). block_size is
+    needed if the superblock is lost. BusyError while the pool is in use.
     """
     files = PoolFiles.locate(path, metadata=metadata, data=data, catalog=catalog)
     files.require()
@@ -118,6 +119,12 @@ def repair(
         known = _Known.read(files.catalog)
         size = 0 if block_size is None else parse_size(block_size, "block size")
         made, report = _build(files, known, None if output is None else Path(output), size)
+        if swap and report.failed_reads:
+            # The catalog would forget devices that another try can read.
+            raise DeviceIOError(
+                f"{files.metadata} stays in its place, because {report.failed_reads} of its reads failed"
+                f" (what could be read is in {made}): try again, or repair a copy on a disk that is well"
+            )
         damaged = _swap(files.metadata, made) if swap else files.metadata
         found = _described(files.metadata if swap else made, damaged, report, known)
     if not swap:

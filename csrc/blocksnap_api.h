@@ -196,6 +196,7 @@ struct bs_repair_result {
 	uint64_t devices_lost; /* with all of their mappings */
 	uint64_t losses;       /* ranges and single mappings of other devices that are lost */
 	uint64_t changes;      /* what had to be made up, nothing of which loses data */
+	uint64_t failed_reads; /* of the damaged metadata, and may succeed another time */
 	uint64_t transaction_id;
 	uint64_t block_size;
 	uint64_t data_blocks;

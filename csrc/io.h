@@ -32,6 +32,7 @@ struct io {
 	uint32_t alignment;
 	const char *name;
 	_Atomic uint64_t written_bytes; /* by all writes that succeeded */
+	_Atomic uint64_t failed_reads;
 };
 
 #define IO_READ_ONLY 1u
@@ -50,7 +51,11 @@ void io_close(struct io *io);
 
 static inline int io_readv(struct io *io, uint64_t offset, const struct iovec *iov, int count)
 {
-	return io->ops->readv(io, offset, iov, count);
+	int r = io->ops->readv(io, offset, iov, count);
+
+	if (r)
+		atomic_fetch_add_explicit(&io->failed_reads, 1, memory_order_relaxed);
+	return r;
 }
 
 static inline int io_writev(struct io *io, uint64_t offset, const struct iovec *iov, int count)
@@ -66,7 +71,7 @@ static inline int io_read(struct io *io, uint64_t offset, void *buffer, size_t l
 {
 	struct iovec iov = {buffer, length};
 
-	return io->ops->readv(io, offset, &iov, 1);
+	return io_readv(io, offset, &iov, 1);
 }
 
 static inline int io_write(struct io *io, uint64_t offset, const void *buffer, size_t length)

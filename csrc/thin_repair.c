@@ -599,6 +599,7 @@ static int repair(struct repair *r, const char *metadata, const char *output)
 	if (!err)
 		err = run(r, io);
 	io_close(io);
+	r->result.failed_reads = r->r.io ? r->r.io->failed_reads : 0;
 	r->result.transaction_id = r->facts.transaction_id;
 	r->result.block_size = (uint64_t)r->facts.data_block_sectors * SECTOR_SIZE;
 	r->result.data_blocks = r->facts.nr_data_blocks;

@@ -2,8 +2,9 @@
 
     python -m tests.coverage [--only NAME...] [DIRECTORY]
 
-needs clang, llvm-cov and llvm-profdata. NAME is `c` (the C tests and the fuzzers' corpus), `python` (the
-tests of what uses the module) or `kernel` (those that need a device-mapper, in the guest); all by default.
+needs clang with its runtime, llvm-cov and llvm-profdata. NAME is `c` (the C tests and the fuzzers'
+corpus), `python` (the tests of what uses the module) or `kernel` (those that need a device-mapper, in the
+guest); all by default.
 The directory (build/coverage) keeps the builds and what was counted, so that a later run adds to it.
 
 Printed for each file: lines, functions, and edges. An edge is one outcome of one condition, as llvm-cov
@@ -26,6 +27,7 @@ __all__ = ["main"]
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "csrc"
+PACKAGES = "clang llvm libclang-rt-dev cmake ninja-build"
 TOOLS = ("clang", "cmake", "ctest", "ninja", "llvm-cov", "llvm-profdata")
 KINDS = ("lines", "functions", "branches")
 PYTHON_TESTS = (
@@ -141,13 +143,22 @@ def print_table(files: dict[str, dict[str, tuple[int, int]]]) -> None:
     print(row("all of csrc/", total))
 
 
+def runtime() -> Path:
+    """Return where the library is that counts, if it is there."""
+    name = f"libclang_rt.profile-{os.uname().machine}.a"
+    words = ["clang", f"--print-file-name={name}"]
+    return Path(subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout.strip())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Coverage of csrc/ by the tests.")
     parser.add_argument("--only", action="append", choices=("c", "python", "kernel"), default=[])
     parser.add_argument("directory", nargs="?", type=Path, default=ROOT / "build" / "coverage")
     options = parser.parse_args()
     if absent := [tool for tool in TOOLS if shutil.which(tool) is None]:
-        parser.error(f"needs {' '.join(absent)} (apt-get install clang llvm cmake ninja-build)")
+        parser.error(f"needs {' '.join(absent)} (apt-get install {PACKAGES})")
+    if not runtime().exists():
+        parser.error(f"clang lacks its runtime, {runtime()} (apt-get install {PACKAGES})")
     run = Run(options.directory.resolve())
     for name, part in (("c", run.c), ("python", run.python_tests), ("kernel", run.kernel_tests)):
         if not options.only or name in options.only:

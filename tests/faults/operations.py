@@ -231,11 +231,8 @@ class Trial:
     def _recover(self) -> None:
         if self._operation.before is None and self._never_completed():
             return
-        if isinstance(self._result, pool_repair.PoolRepair) and not self._result.complete:
-            # It told what it could not read; the damaged ones are there for another attempt.
-            kept = (self._kept / "metadata").read_bytes()
-            assert (self._path / "metadata.damaged").read_bytes() == kept
-            return
+        if isinstance(self._result, pool_repair.PoolRepair):
+            assert self._result.complete, "what may be read another time is taken for lost"
         if self._operation.damaged and metadata.check(self._path / "metadata").fatal:
             pool_repair.repair(self._path, swap=True)
         if metadata.check(self._path / "metadata").needs_check:

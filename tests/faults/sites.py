@@ -107,19 +107,24 @@ def count_requests(directory: Path) -> dict[tuple[str, int], int]:
     return dict(found)
 
 
-def count_calls(directory: Path) -> dict[str, Counter[str]]:
-    """Run the operations; return, for each, the faults by "CALL FILE"."""
+def run_preloaded(directory: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run Python with fail_io.c, built in a directory."""
     library = directory / "fail_io.so"
     source = Path(__file__).with_name("fail_io.c")
     subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", library, source], check=True)
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.faults.operations"],
+    return subprocess.run(
+        [sys.executable, *words],
         env={**os.environ, "LD_PRELOAD": str(library)},
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def count_calls(directory: Path) -> dict[str, Counter[str]]:
+    """Run the operations; return, for each, the faults by "CALL FILE"."""
+    done = run_preloaded(directory, "-m", "tests.faults.operations")
     assert done.returncode == 0, done.stdout + done.stderr
     return {name: Counter(calls) for name, calls in json.loads(done.stdout).items()}
 

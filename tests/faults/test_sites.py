@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from blocksnap.pool import Pool
 from tests.faults.operations import OPERATIONS
-from tests.faults.sites import NOT_INJECTED, count_calls, count_requests, injected, sites
+from tests.faults.sites import NOT_INJECTED, count_calls, count_requests, injected, run_preloaded, sites
 
 needs_compiler = pytest.mark.skipif(
     any(shutil.which(tool) is None for tool in ("cmake", "ninja", "gcc", "addr2line")),
@@ -41,3 +42,36 @@ def test_each_call_of_the_io_layer_is_injected_or_has_a_reason(
 def test_each_reason_is_that_of_a_call() -> None:
     used = {name for site in sites() for name in (site.file, f"{site.file} {site.call}")}
     assert NOT_INJECTED.keys() <= used
+
+
+REPAIR_WITH_A_FAILED_READ = """
+import ctypes, errno, os, sys
+from blocksnap import pool_repair
+
+path = sys.argv[1]
+calls = ctypes.CDLL(None)
+calls.fail_io_name.restype = ctypes.c_char_p
+calls.fail_io_arm(os.fsencode(path), -1, errno.EIO, False)
+os.unlink(pool_repair.repair(path).metadata)
+calls.fail_io_disarm()
+names = [calls.fail_io_name(number) for number in range(calls.fail_io_count())]
+superblock, tree = [number for number, name in enumerate(names) if name == b"pread metadata"][:2]
+calls.fail_io_arm(os.fsencode(path), tree, errno.EIO, False)
+pool_repair.repair(path, swap=True)
+"""
+
+
+@needs_compiler
+def test_metadata_that_a_repair_could_not_read_stay_in_place(tmp_path: Path) -> None:
+    path = tmp_path / "pool"
+    with Pool.create(path, size="1M", block_size="4K") as pool:
+        pool.create_device("base", "64K").write(0, b"content")
+    before = (path / "metadata").read_bytes()
+    done = run_preloaded(tmp_path, "-c", REPAIR_WITH_A_FAILED_READ, str(path))
+    told = done.stderr.splitlines()[-1]
+    assert told.startswith("blocksnap.errors.DeviceIOError: "), done.stderr
+    assert f"{path}/metadata stays in its place, because 1 of its reads failed" in told
+    assert (path / "metadata").read_bytes() == before
+    assert (path / "metadata.repaired").exists()
+    with Pool.open(path) as pool:
+        assert pool.device("base").read(0, 7) == b"content"

@@ -147,6 +147,10 @@ def test_failing_command_is_told_and_ends_with_status_one(tmp_path: Path) -> Non
         (["compare", "--drivers", "floppy"], 'no driver "floppy"'),
         (["compare", "--drivers", ""], "nothing to compare"),
         (["compare", "--block-sizes", "4Q"], "is not a size"),
+        (
+            ["compare", "--drivers", "devicemapper", "--block-sizes", "4K,16K"],
+            "devicemapper cannot have blocks of 4K, 16K: leave --block-sizes out",
+        ),
         (["compare", "--workload", "append", "--", "true"], "exclude each other"),
         (["compare", "--workload", "append", "--workload", "append:records=1"], "given twice"),
         (["compare", "--repeat", "0"], "--repeat"),

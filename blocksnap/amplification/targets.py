@@ -10,6 +10,7 @@ from pathlib import Path
 from .. import drivers
 from ..drivers import Driver
 from ..errors import ArgumentError, NotSupportedError
+from ..units import format_size
 from .result import BASELINE, Target
 from .testbed import KINDS, missing_for
 
@@ -73,6 +74,9 @@ def targets_for(names: Sequence[str], block_sizes: Sequence[int]) -> list[Target
     targets: list[Target] = []
     for name in dict.fromkeys(names):
         targets += [Target(name, size) for size in dict.fromkeys(_block_sizes(name, block_sizes))]
+    if not targets and names and block_sizes:
+        sizes = ", ".join(map(format_size, block_sizes))
+        raise ArgumentError(f"{' and '.join(names)} cannot have blocks of {sizes}: leave --block-sizes out")
     if not targets:
         raise ArgumentError("nothing to compare: name at least one driver and one block size")
     return targets

@@ -6,13 +6,14 @@ what the application did. Seeds are fixed: two runs issue the same writes. Each 
 snapshots, adds its number to the seed.
 """
 
+import os
 import sqlite3
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import IO, Any, ClassVar, NamedTuple, Self
 
 from . import operations
 from .base_image import BaseImage
@@ -180,17 +181,17 @@ class CommandWorkload(Workload):
 
     def run(self, root: Path, *, epoch: int = 0, check: Check = lambda: None) -> Outcome:  # noqa: ARG002
         words = [word.replace("{root}", str(root)) for word in self.command]
-        with tempfile.TemporaryDirectory(prefix="blocksnap-output-") as directory:
-            output = Path(directory) / "output"
-            reply = run_script(operations.__file__, {"command": words, "output": str(output)}, check)
+        with tempfile.TemporaryFile() as output:  # it has no name: none is left if this process is killed
+            place = f"/proc/{os.getpid()}/fd/{output.fileno()}"
+            reply = run_script(operations.__file__, {"command": words, "output": place}, check)
             outcome = _outcome(self.name, reply)
             if reply["exit_status"] != 0:
                 raise WorkloadError(self._exit_sentence(reply["exit_status"], output))
         return outcome
 
-    def _exit_sentence(self, status: int, output: Path) -> str:
+    def _exit_sentence(self, status: int, output: IO[bytes]) -> str:
         ending = f"signal {-status}" if status < 0 else f"status {status}"
-        last = output.read_text(errors="replace").strip().splitlines()[-1:]
+        last = output.read().decode(errors="replace").strip().splitlines()[-1:]
         return f'command "{" ".join(self.command)}" ended with {ending}' + (f": {last[0]}" if last else "")
 
 

@@ -41,7 +41,6 @@ class Writer:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.count = 0
-        self.slowest = 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._write)
         self._thread.start()
@@ -49,11 +48,9 @@ class Writer:
     def _write(self) -> None:
         with self.path.open("wb") as file:
             while not self._stop.is_set():
-                begin = time.monotonic()
                 file.write(b"%07d\n" % self.count)
                 file.flush()
                 os.fsync(file.fileno())
-                self.slowest = max(self.slowest, time.monotonic() - begin)
                 self.count += 1
 
     def goes_on(self) -> None:

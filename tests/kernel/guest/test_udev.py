@@ -4,7 +4,6 @@ import fcntl
 import os
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -253,7 +252,5 @@ def test_a_device_that_udevd_looks_into_is_waited_for(disks: Disks, tmp_path: Pa
         threading.Timer(0.5, fcntl.flock, [looked_into, fcntl.LOCK_UN]).start()
         Pool.open(**where, engine=engine).close()
         fcntl.flock(looked_into, fcntl.LOCK_EX)  # as a pool in use has it
-        begun = time.monotonic()
         with pytest.raises(BusyError, match="in use"):
             Pool.open(**where, engine=engine)
-        assert time.monotonic() - begun < 2

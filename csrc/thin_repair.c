@@ -280,6 +280,7 @@ void repair_forget(struct repair *r)
 	memset(r->nodes, 0, r->r.nr_blocks * sizeof(*r->nodes));
 	r->nr_devices = 0;
 	r->unread = 0;
+	r->left_out = 0;
 }
 
 static int compare_devices(const void *left, const void *right)

@@ -61,12 +61,13 @@ struct repair {
 	struct text_output *out; /* NULL while roots are being tried */
 	struct bs_repair_result result;
 	struct pool_facts facts;
-	bool trusted;    /* the superblock's checksum is right */
-	bool time_known; /* and its time is possible */
-	bool trying;     /* roots are being tried: nothing is told, nodes of ids are not remembered */
-	uint64_t visits; /* of nodes of ids while trying */
-	uint64_t unread; /* nodes of ids that could not be read */
-	int error;       /* out of memory */
+	bool trusted;      /* the superblock's checksum is right */
+	bool time_known;   /* and its time is possible */
+	bool trying;       /* roots are being tried: nothing is told, nodes of ids are not remembered */
+	uint64_t visits;   /* of nodes of ids while trying */
+	uint64_t unread;   /* nodes of ids that could not be read */
+	uint64_t left_out; /* times that a node lay below itself or too deep */
+	int error;         /* out of memory */
 	uint64_t details_root, mapping_root; /* 0: none */
 	struct node_info *nodes;             /* one a block */
 	uint8_t *data;                       /* DATA_ bits of each data block; NULL: not wanted */

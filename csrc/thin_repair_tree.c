@@ -8,7 +8,8 @@
  *
  * Times decide sharing, and a shared block that looks unshared would be written in place. Whoever meets a node that
  * was met before, and whoever has a mapping that looks unshared to a data block that is named twice, needs a later
- * snapshotted_time; raising it costs a needless copy at worst.
+ * snapshotted_time; raising it costs a needless copy at worst. Where nodes lie below themselves all devices get the
+ * latest.
  */
 #include <errno.h>
 #include <inttypes.h>
@@ -135,14 +136,17 @@ static void assess_children(
 
 	info->fits = true;
 	for (uint32_t i = 0; i < node_nr(node); i++) {
+		uint64_t left_out = r->left_out;
 		const struct node_info *child = repair_assess(r, device, node_value64(node, i), depth + 1);
 
 		if (child && child->entries > 0) {
 			add_child(info, child);
 			kept++;
-		} else {
-			info->lossy |= !child || child->lossy;
+			continue;
 		}
+		info->lossy |= !child || child->lossy;
+		/* In another place, where it can be used, the node is not what was found out about it here. */
+		info->fits &= child || r->left_out == left_out;
 	}
 	if (kept == 0)
 		info->state = NODE_LOST;
@@ -150,10 +154,18 @@ static void assess_children(
 		info->state = info->fits && kept >= NODE_MINIMUM ? NODE_FINE : NODE_LOOSE;
 }
 
+static struct node_info *leave_out(struct repair *r)
+{
+	r->left_out++;
+	return NULL;
+}
+
 static struct node_info *meet_again(struct repair *r, uint32_t device, struct node_info *info, int depth)
 {
-	if (info->role != NODE_MAPPING || info->state == NODE_OPEN || depth + info->height >= BTREE_MAX_DEPTH)
+	if (info->role != NODE_MAPPING)
 		return NULL;
+	if (info->state == NODE_OPEN || depth + info->height >= BTREE_MAX_DEPTH)
+		return leave_out(r);
 	if (info->entries > 0) {
 		need_time(r, device, info->max_time);
 		need_time(r, info->owner, info->max_time);
@@ -168,7 +180,7 @@ struct node_info *repair_assess(struct repair *r, uint32_t device, uint64_t bloc
 	if (info->state != NODE_UNSEEN)
 		return meet_again(r, device, info, depth);
 	if (depth >= BTREE_MAX_DEPTH)
-		return NULL;
+		return leave_out(r);
 	struct disk_node *node = &r->path[depth];
 	bool usable = repair_load(r, block, NODE_MAPPING, sizeof(uint64_t), depth, node) == 0;
 	if (block == 0 || block >= r->r.nr_blocks)
@@ -217,6 +229,9 @@ static void settle_node(struct repair *r, uint32_t device, uint64_t block, int d
 
 void repair_settle_times(struct repair *r)
 {
+	/* Whoever uses a node that was left out elsewhere has not met what is below it. */
+	for (size_t i = 0; r->left_out > 0 && i < r->nr_devices; i++)
+		need_time(r, (uint32_t)i, r->latest_time);
 	for (size_t i = 0; r->conflict && i < r->nr_devices; i++)
 		if (r->devices[i].has_root)
 			settle_node(r, (uint32_t)i, r->devices[i].root, 0);

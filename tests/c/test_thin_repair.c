@@ -133,6 +133,27 @@ static void leaf_of_too_few_mappings_joins_its_neighbour(void)
 	image_destroy(im);
 }
 
+static void set_second_child(struct image *im, uint32_t block, uint32_t child)
+{
+	((struct le64 *)(im->blocks[block].node.keys + 252))[1] = le64_of(child);
+}
+
+/* From the root of device 1 the root of device 2 has one child; by itself it has two, of the same first key. */
+static void roots_below_each_other_are_put_together_anew(void)
+{
+	struct image *im = image_create();
+	uint32_t device_1_root = im->device_2_root - 1;
+
+	set_second_child(im, device_1_root, im->device_2_root);
+	set_second_child(im, im->device_2_root, device_1_root);
+	struct repaired out = repair_image(im);
+	CHECK(strstr(out.text, "lies below itself"));
+	CHECK(strstr(out.text, "device\t1\t100\t200\t-\n"));
+	CHECK(strstr(out.text, "device\t2\t100\t200\t-\n"));
+	close_output(&out);
+	image_destroy(im);
+}
+
 static void device_without_mappings_that_had_some_is_gone(void)
 {
 	struct image *im = image_create();
@@ -375,6 +396,7 @@ int main(int argc, char **argv)
 	RUN(shared_nodes_stay_shared);
 	RUN(lost_leaf_is_told_by_range_and_the_rest_is_saved);
 	RUN(leaf_of_too_few_mappings_joins_its_neighbour);
+	RUN(roots_below_each_other_are_put_together_anew);
 	RUN(device_without_mappings_that_had_some_is_gone);
 	RUN(damaged_metadata_are_not_taken_as_output);
 	RUN(output_that_is_too_small_is_told);

@@ -23,6 +23,7 @@ __all__ = [
     "filesystem_type",
     "frozen",
     "is_mounted",
+    "limit_fuse_background",
     "loop_devices",
     "loop_files",
     "mount",
@@ -227,6 +228,14 @@ def unmount(target: str | os.PathLike[str], *, lazy: bool = False, abort: bool =
     """
     flags = lazy * _MNT_DETACH | abort * _MNT_FORCE
     check(lib.bs_umount(_native_path(target), flags))
+
+
+def limit_fuse_background(device: str, limit: int) -> None:
+    """Let the kernel have at most `limit` reads and writes under way that nobody waits for one by one.
+
+    The FUSE file system is named by its device in the table of mounts ("0:43"). Needs root.
+    """
+    check(lib.bs_fuse_set_max_background(int(device.partition(":")[2]), limit))
 
 
 @contextmanager

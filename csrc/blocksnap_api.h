@@ -246,6 +246,9 @@ int bs_loop_refresh(int number);
 int bs_mount(const char *source, const char *target, const char *type, unsigned long flags, const char *data);
 /* flags are umount2(2)'s. */
 int bs_umount(const char *target, int flags);
+/* Limit the requests that the kernel sends in the background, read-ahead and direct I/O, to the FUSE file system whose
+ * device has this minor number. */
+int bs_fuse_set_max_background(unsigned int connection, unsigned int limit);
 /* Write back the file system that holds path. */
 int bs_filesystem_sync(const char *path);
 /* Ask the file system mounted at path for a sign of life: -ETIMEDOUT without one, -ENOTCONN or -ECONNABORTED when

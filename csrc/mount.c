@@ -1,6 +1,6 @@
 /*
  * Mounting, unmounting, syncing and freezing file systems by system calls, each in a child process
- * (child_process.h says why).
+ * (child_process.h says why), and limiting FUSE connections.
  *
  * A freeze is held by such a child, its guard. The guard thaws when told so, when the freeze completes after
  * its time-out, and when its maker is gone: neither a slow freeze nor a killed process leaves
@@ -11,6 +11,7 @@
 #include <linux/fs.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -125,6 +126,46 @@ int bs_umount(const char *target, int flags)
 		return bs_fail(r, "%s is not a mount point", target);
 	default:
 		return bs_fail(r, "unmounting %s: %s", target, strerror(-r));
+	}
+}
+
+/* Open a file of the FUSE control file system, which need not be mounted anywhere: through a mount of its own,
+ * which no name leads to and which is gone with its descriptor. */
+static int fusectl_open(const char *name)
+{
+	int root = -1, fd = -1, err = 0;
+	int context = fsopen("fusectl", FSOPEN_CLOEXEC);
+
+	if (context < 0 || fsconfig(context, FSCONFIG_CMD_CREATE, NULL, NULL, 0) < 0 ||
+		(root = fsmount(context, FSMOUNT_CLOEXEC, 0)) < 0 ||
+		(fd = openat(root, name, O_WRONLY | O_CLOEXEC)) < 0)
+		err = -errno;
+	if (root >= 0)
+		close(root);
+	if (context >= 0)
+		close(context);
+	return err ? err : fd;
+}
+
+int bs_fuse_set_max_background(unsigned int connection, unsigned int limit)
+{
+	char name[64], value[16];
+
+	snprintf(name, sizeof(name), "%u/max_background", connection);
+	int length = snprintf(value, sizeof(value), "%u", limit), err = 0, fd = fusectl_open(name);
+	if (fd < 0 || write(fd, value, (size_t)length) < 0)
+		err = fd < 0 ? fd : -errno;
+	if (fd >= 0)
+		close(fd);
+	switch (-err) {
+	case 0:
+		return 0;
+	case EPERM:
+		return bs_fail(err, "FUSE connection %u: no privilege to limit it: run as root", connection);
+	case ENODEV:
+		return bs_fail(-EOPNOTSUPP, "this kernel has no fusectl: run modprobe fuse");
+	default:
+		return bs_fail(err, "FUSE connection %u: max_background: %s", connection, strerror(-err));
 	}
 }
 

@@ -16,12 +16,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .. import mount
-from ..errors import BlocksnapError, BusyError, NotSupportedError
+from ..errors import BlocksnapError, BusyError
 from ..file_system import may_mount, unmount_fuse
 
 __all__ = ["MountServer", "terminate_servers"]
 
-_CONNECTIONS = Path("/sys/fs/fuse/connections")
 _START_SECONDS = 10.0
 _END_SECONDS = 10.0
 
@@ -101,13 +100,7 @@ class MountServer:
     def take_one_at_a_time(self) -> None:
         """Let the kernel send reads and writes in the background, as a loop device's, one after the other."""
         (entry,) = (entry for entry in mount.mount_table() if entry.target == str(self.target))
-        limit = _CONNECTIONS / entry.device.partition(":")[2] / "max_background"
-        try:
-            limit.write_text("1")
-        except OSError as error:
-            raise NotSupportedError(
-                f"{limit}: {error.strerror}: mount -t fusectl fusectl {_CONNECTIONS}"
-            ) from None
+        mount.limit_fuse_background(entry.device, 1)
 
     def unmount_dead(self) -> None:
         """Unmount what nobody serves any more, and whatever waits for it fails."""

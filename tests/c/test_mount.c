@@ -258,6 +258,12 @@ static void test_a_mount_in_use_is_busy(void)
 	unmount_ext4(number);
 }
 
+static void test_a_fuse_connection_that_is_not_there_is_told(void)
+{
+	CHECK_EQ(bs_fuse_set_max_background(123456789, 1), -ENOENT);
+	CHECK(strstr(bs_last_error(), "FUSE connection 123456789: max_background: No such file"));
+}
+
 static void test_frozen_file_system_takes_writes_only_after_the_thaw(void)
 {
 	int number = mount_ext4();
@@ -343,6 +349,7 @@ int main(void)
 	RUN(test_read_only_bind_refuses_writes);
 	RUN(test_who_has_a_file_open_for_a_moment_does_not_keep_a_mount);
 	RUN(test_a_mount_in_use_is_busy);
+	RUN(test_a_fuse_connection_that_is_not_there_is_told);
 	RUN(test_frozen_file_system_takes_writes_only_after_the_thaw);
 	RUN(test_killed_freezer_leaves_nothing_frozen);
 	RUN(test_freeze_that_runs_out_of_time_is_undone);

@@ -94,7 +94,6 @@ class GuestSession:
         files = list(dict.fromkeys(str(item.path) for item in items))
         command = [sys.executable, "-m", "pytest", "--kernel=host", "-p", "tests.kernel.reporter"]
         command += ["-p", "no:cacheprovider", "--basetemp=/dev/shm/pytest", f"--timeout={SECONDS_A_TEST}"]
-        command += ["-o", "tmp_path_retention_policy=failed"]  # they lie in the guest's memory
         command.append(f"--rootdir={first.config.rootpath}")
         self._guest = Guest(
             [*command, *files],

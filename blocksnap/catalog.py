@@ -18,39 +18,37 @@ come back after a power cut and undo it although the pool has gone on.) `intend`
 is exclusive: the pool's own lock lets one process in, and SQLite then needs no shared-memory file.
 """
 
-import json
 import os
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from enum import StrEnum
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Self
+from reprlib import repr as shown
+from typing import Self
 
-from .errors import (
-    BlocksnapError,
-    BusyError,
-    DamagedMetadataError,
-    DeviceExistsError,
-    DeviceIOError,
-    NoSpaceError,
-    PoolFormatError,
-    PrivilegeError,
-    system_errors,
+from .database import UnfitRowError, database_errors, look_through
+from .device_record import (
+    COLUMNS,
+    MAX_DEVICE_ID,
+    Action,
+    DeviceRecord,
+    Operation,
+    labels_text,
+    operation_of,
+    record_of,
+    row_of,
 )
+from .errors import PoolFormatError, system_errors
 
-__all__ = ["ADOPT", "MAX_DEVICE_ID", "Action", "Catalog", "DeviceRecord", "Operation", "sync_directory"]
+__all__ = ["ADOPT", "Catalog", "sync_directory"]
 
-MAX_DEVICE_ID = (1 << 24) - 1
 ADOPT = 'take over the pool as it is with "blocksnap pool adopt"'
 _MOVE_AWAY = 'move it away to open the pool with devices named "thin-<id>"'
 _VERSION = 2
 _APPLICATION_ID = 0x62736E70
-_COLUMNS = "id, name, size, origin, created, labels, external_origin, condemned"
-_PLACES = ", ".join("?" * len(_COLUMNS.split(",")))
+_PLACES = ", ".join("?" * len(COLUMNS.split(",")))
 _TO_VERSION_2 = """
 ALTER TABLE pool ADD COLUMN holding INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE device ADD COLUMN external_origin TEXT;
@@ -86,71 +84,6 @@ CREATE TABLE intent (
 """
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceRecord:
-    """What the catalog knows of a thin device; size in bytes, created in ns since 1970, origin an id.
-
-    external_origin is the path of what is read where the device has no block of its own. A condemned device
-    is to be deleted once nobody uses it; its name is free for others.
-    """
-
-    id: int
-    name: str
-    size: int
-    created: int
-    origin: int | None = None
-    labels: Mapping[str, str] = field(default_factory=dict)
-    external_origin: str | None = None
-    condemned: bool = False
-
-
-class Action(StrEnum):
-    CREATE = "create"
-    DELETE = "delete"
-    RESIZE = "resize"
-    SHRINK = "shrink"
-    """A resize of an engine that commits at once: what lies behind the new end may be gone already."""
-    RELABEL = "relabel"
-    CONDEMN = "condemn"
-    UNMAKE = "unmake"
-    """A creation that an abort is taking back."""
-
-
-@dataclass(frozen=True, slots=True)
-class Operation:
-    """An intended change; the record is the device after it (for a deletion: before it)."""
-
-    action: Action
-    record: DeviceRecord
-
-    def creates(self, device_id: int) -> bool:
-        return self.action is Action.CREATE and self.record.id == device_id
-
-
-def _labels(record: DeviceRecord) -> str:
-    return json.dumps(dict(record.labels), sort_keys=True)
-
-
-def _row(record: DeviceRecord) -> tuple[Any, ...]:
-    return (
-        record.id,
-        record.name,
-        record.size,
-        record.origin,
-        record.created,
-        _labels(record),
-        record.external_origin,
-        record.condemned,
-    )
-
-
-def _record(row: Sequence[Any]) -> DeviceRecord:
-    device_id, name, size, origin, created, labels, external_origin, condemned = row
-    return DeviceRecord(
-        device_id, name, size, created, origin, json.loads(labels), external_origin, bool(condemned)
-    )
-
-
 class Catalog:
     """An open catalog; the caller holds the pool's lock."""
 
@@ -171,7 +104,7 @@ class Catalog:
         with system_errors(str(path)):
             unfinished.unlink(missing_ok=True)
             os.close(os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600))
-            with _sqlite_errors(str(unfinished)):
+            with _errors(str(unfinished)):
                 cls._fill(_connect(str(unfinished)), unfinished, transaction_id, records).close()
             unfinished.rename(path)
             sync_directory(path.parent)
@@ -195,7 +128,7 @@ class Catalog:
     @classmethod
     def open(cls, path: Path, *, read_only: bool = False) -> Self:
         """Open an existing catalog; read-only works on a copy in memory: recovery changes nothing on disk."""
-        with _sqlite_errors(str(path)):
+        with _errors(str(path)):
             database = _connect_copy(path) if read_only else _connect(str(path))
             with _closed_on_failure(database):
                 catalog = cls(database, path)
@@ -203,19 +136,19 @@ class Catalog:
         return catalog
 
     def close(self) -> None:
-        with _sqlite_errors(self._name):
+        with _errors(self._name):
             self._database.close()
 
     @property
     def transaction_id(self) -> int:
         """The transaction id of the pool state that the device table describes."""
-        with _sqlite_errors(self._name):
+        with _errors(self._name):
             return int(self._database.execute("SELECT transaction_id FROM pool").fetchone()[0])
 
     @property
     def holding(self) -> bool:
         """Whether the metadata snapshot that the pool may hold is ours."""
-        with _sqlite_errors(self._name):
+        with _errors(self._name):
             return bool(self._database.execute("SELECT holding FROM pool").fetchone()[0])
 
     def note_holding(self, holding: bool) -> None:
@@ -225,18 +158,18 @@ class Catalog:
 
     def records(self) -> list[DeviceRecord]:
         """Return every device by ascending id."""
-        with _sqlite_errors(self._name):
+        with _errors(self._name):
             return [
-                _record(row) for row in self._database.execute(f"SELECT {_COLUMNS} FROM device ORDER BY id")
+                record_of(row) for row in self._database.execute(f"SELECT {COLUMNS} FROM device ORDER BY id")
             ]
 
     def intent(self) -> list[Operation]:
         """Return the operations that were intended and neither finished nor undone."""
-        with _sqlite_errors(self._name):
+        with _errors(self._name):
             rows = self._database.execute(
-                f"SELECT action, {_COLUMNS} FROM intent ORDER BY sequence"
+                f"SELECT action, {COLUMNS} FROM intent ORDER BY sequence"
             ).fetchall()
-        return [Operation(Action(row[0]), _record(row[1:])) for row in rows]
+            return [operation_of(row[0], row[1:]) for row in rows]
 
     def intend(self, operations: Sequence[Operation], *, again: bool = False) -> int:
         """Write operations down durably; return the transaction id that completes them.
@@ -250,8 +183,8 @@ class Catalog:
             self._apply_intent()
             completing_id = self._database.execute("SELECT transaction_id + 1 FROM pool").fetchone()[0]
             self._database.executemany(
-                f"INSERT INTO intent (action, {_COLUMNS}, completing_id) VALUES (?, {_PLACES}, ?)",
-                [(operation.action, *_row(operation.record), completing_id) for operation in operations],
+                f"INSERT INTO intent (action, {COLUMNS}, completing_id) VALUES (?, {_PLACES}, ?)",
+                [(operation.action, *row_of(operation.record), completing_id) for operation in operations],
             )
         return int(completing_id)
 
@@ -287,8 +220,8 @@ class Catalog:
             self._database.execute("DELETE FROM intent")
             self._database.execute("DELETE FROM device")
             self._database.executemany(
-                f"INSERT INTO device ({_COLUMNS}) VALUES ({_PLACES})",
-                [_row(record) for record in records],
+                f"INSERT INTO device ({COLUMNS}) VALUES ({_PLACES})",
+                [row_of(record) for record in records],
             )
             self._database.execute("UPDATE pool SET transaction_id = ?", (transaction_id,))
 
@@ -304,7 +237,7 @@ class Catalog:
         record = operation.record
         match operation.action:
             case Action.CREATE:
-                self._database.execute(f"INSERT INTO device ({_COLUMNS}) VALUES ({_PLACES})", _row(record))
+                self._database.execute(f"INSERT INTO device ({COLUMNS}) VALUES ({_PLACES})", row_of(record))
             case Action.DELETE:
                 self._database.execute("DELETE FROM device WHERE id = ?", (record.id,))
                 self._database.execute("UPDATE device SET origin = NULL WHERE origin = ?", (record.id,))
@@ -312,7 +245,7 @@ class Catalog:
                 self._database.execute("UPDATE device SET size = ? WHERE id = ?", (record.size, record.id))
             case Action.RELABEL:
                 self._database.execute(
-                    "UPDATE device SET labels = ? WHERE id = ?", (_labels(record), record.id)
+                    "UPDATE device SET labels = ? WHERE id = ?", (labels_text(record), record.id)
                 )
             case Action.UNMAKE:
                 pass
@@ -324,7 +257,7 @@ class Catalog:
 
     @contextmanager
     def _change(self, *, durable: bool) -> Iterator[None]:
-        with _sqlite_errors(self._name):
+        with _errors(self._name):
             self._database.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             with self._database:
                 self._database.execute("BEGIN IMMEDIATE")
@@ -337,12 +270,26 @@ class Catalog:
             raise PoolFormatError(
                 f"{self._name} is not a catalog of blocksnap: put the right one there, or {_MOVE_AWAY}"
             )
+        look_through(self._database)
         if version == 1:
             self._database.executescript(f"BEGIN; {_TO_VERSION_2} COMMIT;")
             version = _VERSION
         if version != _VERSION:
             raise PoolFormatError(
                 f"{self._name} has version {version}, this blocksnap reads {_VERSION}: use a newer one"
+            )
+        self._verify_rows()
+
+    def _verify_rows(self) -> None:
+        rows = self._database.execute("SELECT transaction_id, holding FROM pool").fetchall()
+        if len(rows) != 1 or not all(isinstance(value, int) and value >= 0 for value in rows[0]):
+            raise UnfitRowError(f"it describes the state of a pool as {shown(rows)}")
+        self.records()
+        self.intent()
+        completing = self._database.execute("SELECT DISTINCT completing_id FROM intent").fetchall()
+        if completing not in ([], [(rows[0][0] + 1,)]):
+            raise UnfitRowError(
+                f"its intent leads from transaction {rows[0][0]} to {shown(completing[0][0])}"
             )
 
 
@@ -388,31 +335,5 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-_SQLITE_ERRORS: dict[int, type[BlocksnapError]] = {
-    sqlite3.SQLITE_FULL: NoSpaceError,
-    sqlite3.SQLITE_BUSY: BusyError,
-    sqlite3.SQLITE_LOCKED: BusyError,
-    sqlite3.SQLITE_CORRUPT: DamagedMetadataError,
-    sqlite3.SQLITE_NOTADB: DamagedMetadataError,
-    sqlite3.SQLITE_PERM: PrivilegeError,
-    sqlite3.SQLITE_READONLY: PrivilegeError,
-    sqlite3.SQLITE_CONSTRAINT: DeviceExistsError,
-}
-_MENDS: dict[type[BlocksnapError], str] = {
-    NoSpaceError: "free space on its file system",
-    BusyError: "another program has it open: end it",
-    DamagedMetadataError: f"restore it, or {_MOVE_AWAY}",
-    PrivilegeError: "its owner must be able to write it",
-}
-
-
-@contextmanager
-def _sqlite_errors(name: str) -> Iterator[None]:
-    try:
-        with system_errors(name):
-            yield
-    except sqlite3.Error as error:
-        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
-        kind = _SQLITE_ERRORS.get(code, DeviceIOError)
-        mend = _MENDS.get(kind)
-        raise kind(f"{name}: {error}" + (f": {mend}" if mend else "")) from error
+def _errors(name: str) -> AbstractContextManager[None]:
+    return database_errors(name, f"restore it, or {_MOVE_AWAY}")

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import metadata as metadata_walks
-from .catalog import Catalog, DeviceRecord
+from .catalog import Catalog
 from .dead_mounts import end_dead_export
+from .device_record import DeviceRecord
 from .engines import Engine, EngineDevice, engine_named
 from .errors import (
     ArgumentError,
@@ -30,7 +31,7 @@ from .pool_space import OnEvent, SpaceKeeper
 from .pool_transaction import DeviceTable
 from .pool_walk import MetadataAtRest, MetadataWalks
 from .space_policy import ExtendPolicy
-from .thin_device import ThinDevice, parse_device_size, require_name
+from .thin_device import ThinDevice, parse_device_size, require_labels, require_name
 from .units import Size, parse_size
 
 __all__ = ["Pool"]
@@ -251,6 +252,7 @@ class Pool:
         device, which nobody may change from now on.
         """
         require_name(name)
+        require_labels(labels or {})
         size_bytes = parse_device_size(size)
         below = None
         if external_origin is not None:
@@ -370,6 +372,7 @@ class Pool:
 
     def _snapshot(self, device: ThinDevice, name: str, labels: Mapping[str, str]) -> ThinDevice:
         require_name(name)
+        require_labels(labels)
         with self._changes.one() as transaction:
             origin = device._current()
             return self._device(transaction.create(name, origin.size, labels, origin))
@@ -379,6 +382,7 @@ class Pool:
             transaction.resize(device._current(), size)
 
     def _relabel(self, device: ThinDevice, labels: Mapping[str, str]) -> None:
+        require_labels(labels)
         with self._changes.one() as transaction:
             transaction.relabel(device._current(), labels)
 

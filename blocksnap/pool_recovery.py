@@ -4,7 +4,8 @@ import time
 from collections.abc import Collection
 
 from . import metadata as metadata_walks
-from .catalog import ADOPT, Action, Catalog, DeviceRecord, Operation
+from .catalog import ADOPT, Catalog
+from .device_record import MAX_DEVICE_SIZE, Action, DeviceRecord, Operation
 from .engines import Engine
 from .errors import PoolFormatError
 from .pool_files import PoolFiles
@@ -13,7 +14,6 @@ from .user_pool import EngineStatus
 
 __all__ = ["open_catalog"]
 
-_MAX_SIZE = 1 << 62
 _SIZES = (Action.CREATE, Action.RESIZE, Action.SHRINK)
 
 
@@ -97,7 +97,7 @@ def _named_by_number(
             _free_name(f"thin-{device_id}", taken),
             min(
                 max(metadata_walks.end_of_mappings(files.metadata, device_id), 1) * status.block_size,
-                _MAX_SIZE,
+                MAX_DEVICE_SIZE,
             ),
             time.time_ns(),
         )

@@ -18,7 +18,8 @@ import numpy as np
 
 from . import metadata as metadata_walks
 from . import metadata_repair
-from .catalog import Action, Catalog, DeviceRecord, sync_directory
+from .catalog import Catalog, sync_directory
+from .device_record import Action, DeviceRecord
 from .errors import (
     ArgumentError,
     BlocksnapError,

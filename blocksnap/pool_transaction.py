@@ -13,7 +13,8 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
-from .catalog import MAX_DEVICE_ID, Action, Catalog, DeviceRecord, Operation
+from .catalog import Catalog
+from .device_record import MAX_DEVICE_ID, Action, DeviceRecord, Operation
 from .engines import Engine, EngineDevice
 from .errors import ArgumentError, BlocksnapError, DeviceExistsError, DeviceNotFoundError, NoSpaceError
 

@@ -5,17 +5,13 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Protocol
 
-from .catalog import DeviceRecord
+from .device_record import MAX_DEVICE_SIZE, MAX_NAME_BYTES, SECTOR_SIZE, DeviceRecord, is_name
 from .engines import EngineDevice
 from .errors import ArgumentError
 from .units import Size, parse_size
 from .user_pool import Buffer
 
-__all__ = ["SECTOR_SIZE", "ThinDevice", "parse_device_size", "require_name"]
-
-SECTOR_SIZE = 512
-_MAX_NAME_BYTES = 255
-_MAX_SIZE = 1 << 62
+__all__ = ["ThinDevice", "parse_device_size", "require_labels", "require_name"]
 
 
 class Owner(Protocol):
@@ -32,11 +28,16 @@ class Owner(Protocol):
 
 
 def require_name(name: str) -> None:
-    unfit = not name or name in (".", "..") or "/" in name or not name.isprintable()
-    if unfit or len(name.encode(errors="surrogateescape")) > _MAX_NAME_BYTES:
+    if not is_name(name):
         raise ArgumentError(
-            f'"{name}" cannot name a thin device: use 1 to {_MAX_NAME_BYTES} printable characters without "/"'
+            f'"{name}" cannot name a thin device: use 1 to {MAX_NAME_BYTES} printable characters without "/"'
         )
+
+
+def require_labels(labels: Mapping[str, str]) -> None:
+    for key, value in labels.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise ArgumentError(f"the label {key!r}: {value!r}: both must be strings")
 
 
 def parse_device_size(size: Size) -> int:
@@ -45,8 +46,8 @@ def parse_device_size(size: Size) -> int:
         raise ArgumentError(
             f"a thin device of {size_bytes} bytes: the size must be a multiple of {SECTOR_SIZE}"
         )
-    if size_bytes > _MAX_SIZE:
-        raise ArgumentError(f"a thin device of {size_bytes} bytes is too large: at most {_MAX_SIZE}")
+    if size_bytes > MAX_DEVICE_SIZE:
+        raise ArgumentError(f"a thin device of {size_bytes} bytes is too large: at most {MAX_DEVICE_SIZE}")
     return size_bytes
 
 

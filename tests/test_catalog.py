@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from blocksnap import errors
-from blocksnap.catalog import Action, Catalog, DeviceRecord, Operation
+from blocksnap.catalog import Catalog
+from blocksnap.device_record import Action, DeviceRecord, Operation
 from blocksnap.pool import Pool
 from tests.thin_tools import assert_sound, needs_thin_tools
 
@@ -173,10 +174,10 @@ def test_a_damaged_file_is_named_with_the_mend(path: Path) -> None:
         Catalog.open(path)
 
 
-def test_a_name_that_exists_is_refused_and_nothing_changes(path: Path) -> None:
+def test_an_intent_that_does_not_fit_the_devices_is_refused_and_nothing_changes(path: Path) -> None:
     catalog = Catalog.create(path, 0)
     catalog.intend([Operation(Action.CREATE, record(1, "a")), Operation(Action.CREATE, record(2, "a"))])
-    with pytest.raises(errors.DeviceExistsError):
+    with pytest.raises(errors.DamagedMetadataError, match="UNIQUE"):
         catalog.finish()
     assert (catalog.records(), catalog.transaction_id) == ([], 0)
     catalog.close()

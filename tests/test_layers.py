@@ -12,7 +12,7 @@ CSRC = ROOT / "csrc"
 # Bottom to top. A package is one name: what its files import of each other is its own affair.
 PYTHON_LAYERS = [
     {"errors"},
-    {"units"},
+    {"database", "units"},
     {"space_policy"},
     {"_blocksnap"},
     {"_native"},
@@ -30,6 +30,7 @@ PYTHON_LAYERS = [
     {"kernel_pool"},
     {"engines"},
     {"device_export"},
+    {"device_record"},
     {"catalog"},
     {"pool_files"},
     {"pool_creation", "pool_space", "pool_walk"},

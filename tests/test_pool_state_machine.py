@@ -19,8 +19,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from blocksnap.device_record import SECTOR_SIZE
 from blocksnap.pool import Pool
-from blocksnap.thin_device import SECTOR_SIZE
 from tests.thin_tools import assert_sound, needs_thin_tools, our_text, thin_tool
 
 MAX_SIZE = 2 << 20

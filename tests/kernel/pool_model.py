@@ -3,8 +3,8 @@
 import random
 from collections.abc import Callable
 
+from blocksnap.device_record import SECTOR_SIZE
 from blocksnap.pool import Pool
-from blocksnap.thin_device import SECTOR_SIZE
 from tests.kernel.devices import BLOCK
 
 __all__ = ["MAX_DATA", "MIN_DATA", "PoolModel"]

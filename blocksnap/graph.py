@@ -142,14 +142,16 @@ class ImageGraph:
             return self.image(source.config_digest)
 
     def images(self) -> list[Image]:
-        names = self._store.names()
-        return [self._image(row, names) for row in self._store.images()]
+        with self._store.transaction():  # what others remove meanwhile is there as a whole or not
+            names = self._store.names()
+            return [self._image(row, names) for row in self._store.images()]
 
     def image(self, reference: str) -> Image:
         """Find an image by name, by tag or by the beginning of its id; ArgumentError when several fit."""
-        names = self._store.names()
-        rows = {row.id: row for row in self._store.images()}
-        return self._image(rows[find_image(reference, names, rows)], names)
+        with self._store.transaction():
+            names = self._store.names()
+            rows = {row.id: row for row in self._store.images()}
+            return self._image(rows[find_image(reference, names, rows)], names)
 
     def layers(self) -> list[Layer]:
         """Return every stored layer once, parents before their children."""
@@ -157,9 +159,10 @@ class ImageGraph:
 
     def tree(self) -> list[LayerNode]:
         """Return the base layers, each with what is built on it."""
-        rows = self._store.ready_layers()
+        with self._store.transaction():
+            rows, images = self._store.ready_layers(), self.images()
         nodes = {row.id: LayerNode(_layer(row)) for row in rows}
-        for image in self.images():
+        for image in images:
             if image.top is not None:
                 nodes[image.top].images += image.names or [image.id]
         for row in rows:

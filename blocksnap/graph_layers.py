@@ -1,6 +1,5 @@
 """How the graph makes and removes layers: only whole, verified ones are ever seen, and none is lost."""
 
-import hashlib
 import io
 import secrets
 from collections.abc import Callable, Iterator
@@ -9,10 +8,11 @@ from typing import BinaryIO, cast
 
 from .drivers import Driver
 from .errors import BlocksnapError
+from .graph_names import chain_id
 from .graph_store import GraphStore, LayerRow
 from .oci import LayerStream
 
-__all__ = ["LayerBuild", "Layers", "Progress", "chain_id", "new_id"]
+__all__ = ["LayerBuild", "Layers", "Progress", "new_id"]
 
 _PIECE = 1 << 18
 
@@ -20,13 +20,6 @@ Progress = Callable[[str, int], None]
 """Called with the diff id of a layer and the bytes of its tar that were read so far."""
 
 OpenTar = Callable[[], BinaryIO | LayerStream]
-
-
-def chain_id(parent: str | None, diff_id: str) -> str:
-    """Return the key of a layer on top of a chain (OCI image spec, config.md, "Layer ChainID")."""
-    if parent is None:
-        return diff_id
-    return "sha256:" + hashlib.sha256(f"{parent} {diff_id}".encode()).hexdigest()
 
 
 def new_id() -> str:

@@ -1,16 +1,24 @@
-"""Names of images and containers, and how a reference finds its image."""
+"""Names of layers, images and containers, and how a reference finds its image."""
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping
 
 from .errors import ArgumentError, LayerNotFoundError
 
-__all__ = ["check_container_name", "check_image_name", "find_image"]
+__all__ = ["chain_id", "check_container_name", "check_image_name", "find_image"]
 
 _CONTAINER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 _IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:/@+-]{0,254}")
 _ID = re.compile(r"(?:sha256:)?([0-9a-f]{4,64})")
 _DEFAULTS = ("docker.io/library/", "docker.io/")
+
+
+def chain_id(parent: str | None, diff_id: str) -> str:
+    """Return the key of a layer on top of a chain (OCI image spec, config.md, "Layer ChainID")."""
+    if parent is None:
+        return diff_id
+    return "sha256:" + hashlib.sha256(f"{parent} {diff_id}".encode()).hexdigest()
 
 
 def check_container_name(name: str) -> str:

@@ -4,27 +4,25 @@ A row of `layers` or `containers` is written before the driver makes the layer i
 after; before the driver removes one its row is turned `removing`, and deleted after. So whatever the driver
 holds has a row, and rows that are not ready, of which nobody alive is the author, tell what a crash left
 behind.
+
+What is read from disk is not believed: a chain id must be that of the diff ids below it, an image's id the
+digest of its config, a layer that is needed must be ready. That is looked at when a graph is opened, before
+anything that seems to be left over is removed.
 """
 
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import (
-    BlocksnapError,
-    BusyError,
-    DamagedMetadataError,
-    DeviceIOError,
-    NoSpaceError,
-    NotSupportedError,
-    PoolFormatError,
-    PrivilegeError,
-    system_errors,
-)
+from .database import UnfitRowError, database_errors, look_through
+from .drivers.base import check_id
+from .errors import BlocksnapError, NotSupportedError, PoolFormatError
+from .graph_names import chain_id, check_container_name, check_image_name
+from .oci.digest import check_digest, new_hash
 
 __all__ = ["ContainerRow", "GraphStore", "ImageRow", "LayerRow"]
 
@@ -58,15 +56,6 @@ CREATE TABLE containers (
     state   TEXT NOT NULL DEFAULT 'creating' CHECK (state IN ('creating', 'ready', 'removing'))
 ) STRICT;
 """
-_SQLITE_ERRORS: dict[int, tuple[type[BlocksnapError], str]] = {
-    sqlite3.SQLITE_FULL: (NoSpaceError, "free space on its file system"),
-    sqlite3.SQLITE_BUSY: (BusyError, "another program has it locked: end that"),
-    sqlite3.SQLITE_CORRUPT: (DamagedMetadataError, "restore it"),
-    sqlite3.SQLITE_NOTADB: (PoolFormatError, "it is no image graph: choose another root"),
-    sqlite3.SQLITE_PERM: (PrivilegeError, "run as its owner"),
-    sqlite3.SQLITE_READONLY: (PrivilegeError, "run as its owner"),
-    sqlite3.SQLITE_CANTOPEN: (PrivilegeError, "run as its owner"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +115,8 @@ class GraphStore:
                 yield
                 self._db.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
+                if self._db.in_transaction:  # some errors have ended it already
+                    self._db.execute("ROLLBACK")
                 raise
 
     # ---- layers ----------------------------------------------------------------------------------
@@ -253,12 +243,51 @@ class GraphStore:
                 raise NotSupportedError(
                     f"{self._path} has version {version}, this blocksnap knows {_VERSION}: use a newer one"
                 )
+            look_through(self._db)
+            self._verify()
 
     def _create(self) -> None:
         for statement in _SCHEMA.split(";"):
             self._db.execute(statement)
         self._db.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
         self._db.execute(f"PRAGMA user_version = {_VERSION}")
+
+    def _verify(self) -> None:
+        if broken := self._db.execute("PRAGMA foreign_key_check").fetchone():
+            raise UnfitRowError(f"a row of {broken[0]} refers to one of {broken[2]} that is not there")
+        try:
+            layers = self._verified_layers()
+            for image in self.images():
+                digest = new_hash(check_digest(image.id, "an image's id"))
+                digest.update(image.config)
+                _require(image.id.endswith(f":{digest.hexdigest()}"), f"image {image.id} has another config")
+                top = image.layer and layers[image.layer]
+                _require(not top or top.state == "ready", f"image {image.id} has an unfinished layer")
+            for name in self.names():
+                check_image_name(name)
+            for container in self._containers(""):
+                check_id(container.id)
+                check_container_name(container.name)
+        except BlocksnapError as error:
+            raise UnfitRowError(str(error)) from error
+
+    def _verified_layers(self) -> dict[str, LayerRow]:
+        """Return the layers by id; parents were written before their children, so a chain has an end."""
+        found: dict[str, LayerRow] = {}
+        for row in self._layers("ORDER BY rowid"):
+            name = f"layer {check_id(row.id)}"
+            check_digest(row.diff_id, name)
+            parent = found.get(row.parent or "")
+            _require(row.parent is None or parent is not None, f"{name} is older than its parent")
+            chain = chain_id(parent.chain_id if parent else None, row.diff_id)
+            _require(row.chain_id == chain, f"{name} has the wrong chain id")
+            _require(row.size >= 0, f"{name} has {row.size} bytes")
+            kept = row.state == "removing" or parent is None or parent.state != "removing"
+            _require(kept, f"{name} lies on a layer that is being removed")
+            whole = row.state != "ready" or parent is None or parent.state == "ready"
+            _require(whole, f"{name} lies on a layer that is unfinished")
+            found[row.id] = row
+        return found
 
     def _rows(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
         with self._lock, self._errors():
@@ -268,12 +297,10 @@ class GraphStore:
         with self.transaction():
             self._db.execute(statement, values)
 
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            with system_errors(str(self._path)):
-                yield
-        except sqlite3.Error as error:
-            code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
-            kind, mend = _SQLITE_ERRORS.get(code, (DeviceIOError, "see the system's log"))
-            raise kind(f"{self._path}: {error}: {mend}") from error
+    def _errors(self) -> AbstractContextManager[None]:
+        return database_errors(str(self._path), "restore it, or choose another root")
+
+
+def _require(fits: bool, otherwise: str) -> None:
+    if not fits:
+        raise UnfitRowError(otherwise)

@@ -75,6 +75,7 @@ def run(directory: Path, suite: tuple[str, ...], number: int) -> str | None:
     try:
         done = subprocess.run(
             [directory / suite[0], *suite[1:]],
+            cwd=directory,  # where one that is killed may leave files
             env={**os.environ, "BLOCKSNAP_SEED_BUG": str(number)},
             capture_output=True,
             text=True,

@@ -478,7 +478,7 @@ def test_import_under_way_is_left_alone_by_others(driver: Driver, tmp_path: Path
 def test_foreign_and_damaged_databases_are_refused(driver: Driver) -> None:
     database = driver.root / "graph.db"
     database.write_bytes(b"not a database at all" * 100)
-    with pytest.raises(errors.PoolFormatError, match="no image graph"):
+    with pytest.raises(errors.DamagedMetadataError, match="choose another root"):
         ImageGraph(driver)
     database.unlink()
     with sqlite3.connect(database) as foreign:

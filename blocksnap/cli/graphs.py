@@ -9,6 +9,7 @@ import typer
 from rich.progress import DownloadColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from .. import drivers
+from ..drivers.root import read_note
 from ..errors import ArgumentError
 from ..graph import ImageGraph
 from .console import stderr
@@ -54,7 +55,7 @@ def open_graph(
     marker = root / "driver"
     if not make and not marker.exists():
         raise ArgumentError(f'no images in {root}: take some in with "blocksnap image import"')
-    name = driver or (marker.read_text().strip() if marker.exists() else _DEFAULT_DRIVER)
+    name = driver or (read_note(marker) if marker.exists() else _DEFAULT_DRIVER)
     with drivers.open(name, root, **_parsed(options or [])) as opened, ImageGraph(opened) as graph:
         yield graph
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from .. import dead_mounts, drivers, mount, pool_client
 from ..amplification.testbed import DEFAULT_WORK_DIR, PREFIX, clear_below, owner_is_alive
 from ..dm_cookie import own_left_cookies, remove_left_cookies
-from ..drivers.root import DriverRoot
+from ..drivers.root import DriverRoot, read_note
 from ..errors import BlocksnapError
 from ..kernel_leftovers import left_pools, remove_leftovers
 
@@ -83,8 +83,10 @@ def _layer_at(target: Path) -> tuple[str, Path, str] | None:
     marker = root / "driver"
     if not ((root / "references").is_dir() and marker.is_file()):
         return None
-    driver = marker.read_text().strip()
-    return (driver, root, id) if driver in known else None
+    with suppress(BlocksnapError):
+        if (driver := read_note(marker)) in known:
+            return driver, root, id
+    return None
 
 
 def _end_layer(driver: str, root: Path, id: str) -> None:

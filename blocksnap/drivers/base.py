@@ -34,15 +34,20 @@ from ..errors import (
 from ..units import parse_size
 from .root import DriverRoot, Holder
 
-__all__ = ["Accounting", "Driver", "check_id"]
+__all__ = ["Accounting", "Driver", "check_id", "is_id"]
 
 _ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 _SPOOL_IN_MEMORY = 8 << 20
 
 
+def is_id(text: str) -> bool:
+    """Tell whether a text can be the id of a layer."""
+    return _ID.fullmatch(text) is not None
+
+
 def check_id(id: str) -> str:
     """Return an id that is fit for a file name: up to 128 of A-Z a-z 0-9 . _ - without a dot in front."""
-    if _ID.fullmatch(id) is None:
+    if not is_id(id):
         raise ArgumentError(
             f'"{id}" cannot be a layer id: use up to 128 of A-Z a-z 0-9 . _ - and do not start with a dot'
         )

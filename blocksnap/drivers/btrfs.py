@@ -12,6 +12,7 @@ from ..file_system import may_mount
 from .base import Accounting
 from .directory import DirectoryDriver, backing_filesystem, remove_tree
 from .extents import own_bytes
+from .root import read_number
 from .subvolume import (
     create_subvolume,
     destroy_subvolume,
@@ -51,7 +52,7 @@ class BtrfsDriver(DirectoryDriver):
         self._check_known(id)
         found = {"Directory": str(self._tree(id)), "SubvolumeId": str(subvolume_id(self._tree(id)))}
         size = self._size_file(id)
-        return found | ({"Size": size.read_text()} if size.exists() else {})
+        return found | ({"Size": str(read_number(size))} if size.exists() else {})
 
     def accounting(self, id: str) -> Accounting:
         """Tell what a layer shares with no other, its own children included.
@@ -73,7 +74,7 @@ class BtrfsDriver(DirectoryDriver):
 
     def _snapshot(self, id: str, origin: str) -> None:
         size = self._size_file(origin)
-        limit = int(size.read_text()) if size.exists() else None
+        limit = read_number(size) if size.exists() else None
         self._make(id, self.parent(origin), source=origin, limit=limit)
 
     def _create(self, id: str, parent: str | None, *, writable: bool) -> None:  # noqa: ARG002

@@ -14,8 +14,8 @@ from pathlib import Path
 from ..archive.confined import Root, identity, walk
 from ..errors import BusyError
 from ..mount import is_mounted, mount_table
-from .base import Driver, check_id
-from .root import fsync_directory, write_durable
+from .base import Driver, check_id, is_id
+from .root import fsync_directory, never_written, read_note, write_durable
 
 __all__ = ["DirectoryDriver", "LayerDirectory", "allocated_bytes", "backing_filesystem", "remove_tree"]
 
@@ -42,7 +42,20 @@ class LayerDirectory:
         return sorted(name for name in names if self.exists(name))
 
     def parent(self, id: str) -> str | None:
-        return (self.path / id / "parent").read_text().strip() or None
+        note = self.path / id / "parent"
+        parent = read_note(note)
+        if parent == id or (parent and not is_id(parent)):
+            raise never_written(note, parent)
+        return parent or None
+
+    def ancestors(self, id: str) -> list[str]:
+        """Return the ids of a layer's parents, nearest first."""
+        found: list[str] = []
+        while (parent := self.parent(found[-1] if found else id)) is not None:
+            if parent in found:
+                raise never_written(self.path / found[-1] / "parent", parent)
+            found.append(parent)
+        return found
 
     @contextmanager
     def new(self, id: str, parent: str | None) -> Iterator[Path]:

@@ -135,9 +135,7 @@ class DmSnapshotDriver(DirectoryDriver):
                     make_file_system(Path(loop.path), "ext4")
 
     def _require_shallow(self, id: str, parent: str) -> None:
-        depth, above = 1, self.parent(parent)
-        while above is not None:
-            depth, above = depth + 1, self.parent(above)
+        depth = 1 + len(self._layers.ancestors(parent))
         if self.deepest is not None and depth >= self.deepest:
             raise NotSupportedError(
                 f'layer "{id}" would be the {depth + 1}th of its chain: the kernel bears no more than'
@@ -218,6 +216,7 @@ class DmSnapshotDriver(DirectoryDriver):
         return SnapshotDevice(self._control, self._layers.path / id, self._identity)
 
     def _activate(self, id: str) -> Device:
+        self._layers.ancestors(id)  # they have an end
         parent = self.parent(id)
         return self._device(id).activate(None if parent is None else partial(self._activate, parent))
 

@@ -1,7 +1,8 @@
 """How many bytes the file system of a layer wrote to its loop devices, over all the times it was mounted.
 
 The file FILE holds the sum, `FILE.since` the device and its counter while the layer is mounted. Whoever was
-killed meanwhile has left that: the sum is not known from then on.
+killed meanwhile has left that: the sum is not known from then on. Neither is it when what a file holds is no
+number: the files are not synced, and a power cut may leave anything in them.
 """
 
 import os
@@ -25,8 +26,11 @@ class LoopCounter:
 
     def total(self) -> int | None:
         """Return the bytes written until the layer was unmounted last, None when they are not known."""
-        text = self._sum.read_text() if self._sum.exists() else "0"
-        return None if self._since.exists() or text == _UNKNOWN else int(text)
+        return None if self._since.exists() else self._noted()
+
+    def _noted(self) -> int | None:
+        numbers = _numbers(self._sum, 1) if self._sum.exists() else [0]
+        return numbers[0] if numbers else None
 
     def begin(self, loop: LoopDevice) -> None:
         """Count what is written to a loop device from now on."""
@@ -50,11 +54,10 @@ class LoopCounter:
     def _add(self, loops: Sequence[LoopDevice]) -> None:
         if not self._since.exists():
             return
-        number, before = (int(word) for word in self._since.read_text().split())
-        counted = [loop.written_bytes() - before for loop in loops if loop.number == number]
-        text = self._sum.read_text() if self._sum.exists() else "0"
-        known = counted and text != _UNKNOWN
-        self._sum.write_text(str(int(text) + counted[0]) if known else _UNKNOWN)
+        since = _numbers(self._since, 2)
+        counted = [loop.written_bytes() - since[1] for loop in loops if since and loop.number == since[0]]
+        noted = self._noted()
+        self._sum.write_text(_UNKNOWN if noted is None or not counted else str(noted + counted[0]))
         self._since.unlink()
 
     def lose(self) -> None:
@@ -62,3 +65,10 @@ class LoopCounter:
         if self._since.exists():
             self._sum.write_text(_UNKNOWN)
             self._since.unlink()
+
+
+def _numbers(path: Path, count: int) -> list[int]:
+    """Return the numbers in a file, none unless there are just so many and nothing else."""
+    words = path.read_text(errors="replace").split()
+    fits = len(words) == count and all(word.isdecimal() and word.isascii() for word in words)
+    return [int(word) for word in words] if fits else []

@@ -22,7 +22,7 @@ from .. import mount
 from ..errors import NotSupportedError
 from ..file_system import may_mount
 from .directory import backing_filesystem
-from .root import fsync_directory
+from .root import fsync_directory, never_written, read_note
 from .union import UnionDriver
 
 __all__ = ["OverlayDriver"]
@@ -30,6 +30,7 @@ __all__ = ["OverlayDriver"]
 _MAX_LOWERS = 128
 _MOUNT_DATA = 4095
 _FEATURES_OFF = "redirect_dir=off,metacopy=off,index=off"
+_SHORT_NAME = re.compile("[0-9a-f]{6}")
 _UNFIT_NAME = re.compile(r"[,:\\\udc80-\udcff]")
 _UNFIT = frozenset(("overlay", "nfs", "nfs4", "cifs", "9p", "vfat", "exfat", "squashfs", "erofs", "fuse"))
 
@@ -133,7 +134,16 @@ class OverlayDriver(UnionDriver):
     # ---- names -----------------------------------------------------------------------------------
 
     def _link(self, id: str) -> str:
-        return (self._layers.path / id / "link").read_text()
+        return self._names(id, "link")[0]
 
     def _lowers(self, id: str) -> list[str]:
-        return [name for name in (self._layers.path / id / "lower").read_text().split(":") if name]
+        return self._names(id, "lower")
+
+    def _names(self, id: str, note: str) -> list[str]:
+        """Return the short names in a note: they become parts of paths and of the options of a mount."""
+        path = self._layers.path / id / note
+        text = read_note(path)
+        names = [] if note == "lower" and not text else text.split(":")
+        if not all(_SHORT_NAME.fullmatch(name) for name in names) or (note == "link" and len(names) > 1):
+            raise never_written(path, text)
+        return names

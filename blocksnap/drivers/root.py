@@ -11,16 +11,30 @@ earlier boot do not count.
 
 import fcntl
 import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as shown
 
-from ..errors import ArgumentError, system_errors
+from ..errors import ArgumentError, DamagedMetadataError, system_errors
 from ..pool_files import require_own
 
-__all__ = ["DriverRoot", "FileLock", "Holder", "fsync_directory", "write_durable"]
+__all__ = [
+    "DriverRoot",
+    "FileLock",
+    "Holder",
+    "fsync_directory",
+    "never_written",
+    "read_note",
+    "read_number",
+    "write_durable",
+]
+
+_LONGEST_NOTE = 4096
+_HOLDER = re.compile(r"(\S+) ([0-9]{1,19}) ([0-9]{1,19})", re.ASCII)
 
 
 def fsync_directory(path: Path) -> None:
@@ -41,6 +55,33 @@ def write_durable(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     fresh.rename(path)
     fsync_directory(path.parent)
+
+
+def read_note(path: Path) -> str:
+    """Return the line that a driver has noted in a file; DamagedMetadataError if that cannot be it."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(_LONGEST_NOTE + 1).decode("ascii").removesuffix("\n")
+    except FileNotFoundError as error:
+        raise DamagedMetadataError(f"{path} is missing: restore it") from error
+    except UnicodeDecodeError as error:
+        raise never_written(path, repr(error.object)) from error
+    if len(text) > _LONGEST_NOTE or not text.isprintable():
+        raise never_written(path, text)
+    return text
+
+
+def read_number(path: Path) -> int:
+    """Return the number of bytes that a driver has noted in a file."""
+    text = read_note(path)
+    if not re.fullmatch("[0-9]{1,19}", text):
+        raise never_written(path, text)
+    return int(text)
+
+
+def never_written(path: Path, text: str) -> DamagedMetadataError:
+    """Return the error for a note of which the text is not what a driver writes there."""
+    return DamagedMetadataError(f"{path} holds {shown(text)}, which no driver wrote: restore it")
 
 
 class FileLock:
@@ -159,7 +200,7 @@ class DriverRoot:
         marker = self.path / "driver"
         if not marker.exists():
             write_durable(marker, driver + "\n")
-        owner = marker.read_text().strip()
+        owner = read_note(marker)
         if owner != driver:
             raise ArgumentError(
                 f'{self.path} belongs to driver "{owner}", not "{driver}": open that or take another root'
@@ -168,13 +209,11 @@ class DriverRoot:
     def holders(self, id: str) -> list[Holder]:
         """Return who holds a layer now."""
         try:
-            lines = self._references(id).read_text().splitlines()
+            lines = self._references(id).read_text(errors="replace").splitlines()
         except FileNotFoundError:
             return []
-        parts = [line.split() for line in lines]
-        found = [
-            Holder(boot, int(pid), int(started)) for boot, pid, started in (p for p in parts if len(p) == 3)
-        ]
+        # What a power cut made of a file that was never synced is of another boot in any case.
+        found = [Holder(m[1], int(m[2]), int(m[3])) for m in map(_HOLDER.fullmatch, lines) if m]
         return [holder for holder in found if holder.is_alive()]
 
     def has_references(self) -> bool:

@@ -27,7 +27,7 @@ from ..device_mapper import (
 from ..errors import BusyError, DeviceIOError, DeviceNotFoundError
 from ..mount import LoopDevice
 from ..udev import make_node
-from .root import write_durable
+from .root import never_written, read_note, write_durable
 
 __all__ = ["SECTOR", "Figures", "SnapshotDevice"]
 
@@ -55,7 +55,18 @@ class Figures:
 
     @classmethod
     def load(cls, path: Path) -> "Figures":
-        return cls(**json.loads(path.read_text()))
+        text = read_note(path)
+        try:
+            figures = cls(**json.loads(text))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise never_written(path, text) from error
+        unknown = (figures.written_bytes, figures.stored_bytes, figures.before)
+        known = (figures.size, figures.chunk_size, figures.allocated_bytes, figures.copied_bytes)
+        numbers = [*known, *(number for number in unknown if number is not None)]
+        fits = all(type(number) is int and number >= 0 for number in numbers) and all(known[:2])
+        if not fits or type(figures.writable) is not bool:
+            raise never_written(path, text)
+        return figures
 
     def save(self, path: Path) -> None:
         write_durable(path, json.dumps(asdict(self)))

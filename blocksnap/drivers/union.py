@@ -120,17 +120,8 @@ class UnionDriver(DirectoryDriver):
     def _merged(self, id: str) -> Path:
         return self._layers.path / id / "merged"
 
-    def _ancestors(self, id: str) -> list[str]:
-        """Return the ids of a layer's parents, nearest first."""
-        found: list[str] = []
-        parent = self._layers.parent(id)
-        while parent is not None:
-            found.append(parent)
-            parent = self._layers.parent(parent)
-        return found
-
     def _lower_directories(self, id: str) -> list[Path]:
-        return [self._layers.path / parent / "diff" for parent in self._ancestors(id)]
+        return [self._layers.path / parent / "diff" for parent in self._layers.ancestors(id)]
 
 
 def _marked_files(upper: Path, mark: str) -> Iterator[tuple[Parts, bytes, int]]:

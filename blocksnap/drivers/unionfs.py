@@ -16,7 +16,7 @@ from ..errors import ArgumentError, NotSupportedError
 from ..file_system import find_program, may_mount
 from .directory import backing_filesystem
 from .mount_server import MountServer
-from .root import write_durable
+from .root import read_note, write_durable
 from .union import UnionDriver
 
 __all__ = ["UnionfsDriver"]
@@ -49,7 +49,7 @@ class UnionfsDriver(UnionDriver):
         marker = self.root / "program"
         if not marker.exists():
             write_durable(marker, (wanted or _installed()[0]) + "\n")
-        owner = marker.read_text().strip()
+        owner = read_note(marker)
         if wanted not in (None, owner):
             raise ArgumentError(f"the layers of {self.root} were written by {owner}: open it without program")
         if owner not in _installed():
@@ -90,7 +90,7 @@ class UnionfsDriver(UnionDriver):
 
     def _mount_union(self, id: str, merged: Path, mount_label: str, *, read_only: bool) -> None:  # noqa: ARG002
         options = _overlay_options if self._program == "fuse-overlayfs" else _unionfs_options
-        lowers = self._ancestors(id)
+        lowers = self._layers.ancestors(id)
         arguments = options(None, [id, *lowers]) if read_only else options(id, lowers)
         command = [find_program(self._program) or self._program, "-f", *arguments, str(merged)]
         self._server(id).start(command, cwd=self._layers.path)

@@ -12,6 +12,7 @@ from ..mount import sync_filesystem
 from .base import Accounting
 from .directory import DirectoryDriver, backing_filesystem
 from .extents import own_bytes
+from .root import read_number
 from .tree_copy import copy_tree
 
 __all__ = ["VfsDriver"]
@@ -42,7 +43,7 @@ class VfsDriver(DirectoryDriver):
     def accounting(self, id: str) -> Accounting:
         """Tell what making the layer copied, and what it shares with no other, its own copies included."""
         self._check_known(id)
-        copied = int((self._layers.path / id / "copied").read_text())
+        copied = read_number(self._layers.path / id / "copied")
         return Accounting(copy_bytes=copied, allocated_bytes=own_bytes(self._tree(id)))
 
     def _snapshot(self, id: str, origin: str) -> None:

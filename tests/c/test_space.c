@@ -25,8 +25,8 @@ static struct bs_pool *make_pool(struct bs_device **ret)
 {
 	struct bs_pool *pool;
 
-	snprintf(metadata, sizeof(metadata), "/tmp/blocksnap-test-%d-metadata", getpid());
-	snprintf(data, sizeof(data), "/tmp/blocksnap-test-%d-data", getpid());
+	snprintf(metadata, sizeof(metadata), "blocksnap-test-%d-metadata", getpid());
+	snprintf(data, sizeof(data), "blocksnap-test-%d-data", getpid());
 	unlink(metadata);
 	unlink(data);
 	make_file(metadata, 2 << 20);

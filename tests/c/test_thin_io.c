@@ -15,8 +15,8 @@ static char metadata[64], data[64];
 
 static void make_files(uint64_t metadata_size, uint64_t data_size)
 {
-	snprintf(metadata, sizeof(metadata), "/tmp/blocksnap-test-%d-metadata", getpid());
-	snprintf(data, sizeof(data), "/tmp/blocksnap-test-%d-data", getpid());
+	snprintf(metadata, sizeof(metadata), "blocksnap-test-%d-metadata", getpid());
+	snprintf(data, sizeof(data), "blocksnap-test-%d-data", getpid());
 	unlink(metadata);
 	unlink(data);
 	int fd = open(metadata, O_CREAT | O_RDWR, 0600);

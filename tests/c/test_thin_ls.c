@@ -81,8 +81,8 @@ static struct bs_pool *make_pool(void)
 {
 	struct bs_pool *pool;
 
-	snprintf(metadata, sizeof(metadata), "/tmp/blocksnap-test-%d-metadata", getpid());
-	snprintf(data, sizeof(data), "/tmp/blocksnap-test-%d-data", getpid());
+	snprintf(metadata, sizeof(metadata), "blocksnap-test-%d-metadata", getpid());
+	snprintf(data, sizeof(data), "blocksnap-test-%d-data", getpid());
 	make_file(metadata, 512 * METADATA_BLOCK_SIZE);
 	make_file(data, 64 * BLOCK);
 	CHECK_EQ(bs_pool_format(metadata, data, 64 * BLOCK, BLOCK), 0);

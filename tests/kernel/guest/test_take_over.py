@@ -46,7 +46,11 @@ def serve(path: Path) -> PoolClient:
 
 def kill(client: PoolClient, number: signal.Signals = signal.SIGKILL) -> None:
     os.kill(client.server_pid, number)
-    wait_until(lambda: not Path(f"/proc/{client.server_pid}").exists())
+    wait_for_end(client.server_pid)
+
+
+def wait_for_end(server_pid: int) -> None:
+    wait_until(lambda: not Path(f"/proc/{server_pid}").exists())
 
 
 def live() -> list[str]:
@@ -74,9 +78,12 @@ def test_a_mount_works_on_without_its_server_and_is_taken_over(path: Path, tmp_p
 
 def test_a_server_that_took_over_ends_with_the_mount(path: Path, tmp_path: Path) -> None:
     serve(path).close()
-    assert pool_client.connect(path) is not None
+    client = pool_client.connect(path)
+    assert client is not None
+    client.close()
     mount.unmount(tmp_path / "mounted")
-    wait_until(lambda: live() == [])
+    wait_for_end(client.server_pid)
+    assert live() == []
     with Pool.open(path) as pool:
         assert [device.name for device in pool.devices()] == ["base", "idle"]
 

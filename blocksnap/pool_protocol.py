@@ -100,15 +100,29 @@ def receive(connection: socket.socket) -> Message | None:
         _fill(connection, memoryview(header)[count:])
         text_bytes, payload_bytes = _HEADER.unpack(header)
         if text_bytes > _MAX_JSON or payload_bytes > _MAX_PAYLOAD:
-            raise DeviceIOError("the other end of the pool's socket does not speak this protocol")
+            raise _foreign()
         text, payload = bytearray(text_bytes), bytearray(payload_bytes)
         _fill(connection, memoryview(text))
         _fill(connection, memoryview(payload))
-        return Message(json.loads(text), payload, descriptor)
+        return Message(_parsed(text), payload, descriptor)
     except BaseException:
         if descriptor >= 0:
             os.close(descriptor)
         raise
+
+
+def _parsed(text: bytearray) -> dict[str, Any]:
+    try:
+        body = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _foreign() from error
+    if not isinstance(body, dict):
+        raise _foreign()
+    return body
+
+
+def _foreign() -> DeviceIOError:
+    return DeviceIOError("the other end of the pool's socket does not speak this protocol")
 
 
 def _receive_first(connection: socket.socket, header: bytearray) -> tuple[int, int]:

@@ -186,7 +186,7 @@ class PoolServer:
 
     def _answer(self, connection: socket.socket, message: Message) -> None:
         try:
-            verb = message.body["verb"]
+            verb = message.body.get("verb")
             if verb == "leave":
                 result: Any = self._leave(connection)
             else:
@@ -199,10 +199,10 @@ class PoolServer:
         answer = result if isinstance(result, Answer) else Answer(result)
         send(connection, {"result": answer.result}, answer.payload)
 
-    def _perform(self, verb: str, message: Message, connection: socket.socket) -> Any:
-        if verb not in VERBS:
+    def _perform(self, verb: Any, message: Message, connection: socket.socket) -> Any:
+        arguments = message.body.get("arguments")
+        if not isinstance(verb, str) or verb not in VERBS or not isinstance(arguments, dict):
             raise ArgumentError(f'the server of pool {self._directory} knows no "{verb}"')
-        arguments = dict(message.body["arguments"])
         if verb in _WITH_PAYLOAD:
             arguments["payload"] = message.payload
         if verb in _WITH_OUTPUT:

@@ -336,7 +336,15 @@ def test_lost_server_is_an_error_and_the_next_one_serves_on(pool_path: Path) -> 
 
 def test_nonsense_on_the_socket_harms_nobody(pool_path: Path, served: PoolClient) -> None:
     header = b"\0\0\0\2" + bytes(8)
-    for nonsense in (b"\xff" * 64, header + b"{}", header + b"[]", header + b"}{", header, b"\0"):
+    for nonsense in (
+        b"\xff" * 64,
+        header + b"{}",
+        header + b"[]",
+        header + b"}{",
+        header + b"\xff\xff",
+        header,
+        b"\0",
+    ):
         with socket.socket(socket.AF_UNIX) as stranger:
             stranger.connect(str(pool_path / "socket"))
             stranger.sendall(nonsense)
@@ -344,6 +352,7 @@ def test_nonsense_on_the_socket_harms_nobody(pool_path: Path, served: PoolClient
             with suppress(ConnectionResetError):
                 while stranger.recv(4096):
                     pass
+    assert "Traceback" not in (pool_path / "server.log").read_text()
     with pytest.raises(errors.ArgumentError, match="knows no"):
         served.ask("close")
     with pytest.raises(errors.BlocksnapError, match="TypeError"):

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Collection
+from contextlib import closing
 
 from . import metadata as metadata_walks
 from .catalog import ADOPT, Catalog
@@ -12,7 +13,7 @@ from .pool_files import PoolFiles
 from .pool_walk import release_left
 from .user_pool import EngineStatus
 
-__all__ = ["open_catalog"]
+__all__ = ["open_catalog", "require_agreement"]
 
 _SIZES = (Action.CREATE, Action.RESIZE, Action.SHRINK)
 
@@ -46,6 +47,16 @@ def open_catalog(files: PoolFiles, engine: Engine, *, adopt: bool = False) -> Ca
         catalog.close()
         raise
     return catalog
+
+
+def require_agreement(files: PoolFiles, engine: Engine) -> None:
+    """Raise unless the catalog, if there is one, and the pool tell the same, or the next open sees to it."""
+    if not files.catalog.exists():
+        return
+    with closing(Catalog.open(files.catalog, read_only=True)) as catalog:
+        interrupted = {operation.record.id for operation in catalog.intent()}
+        catalog.recover(engine.status().transaction_id)
+        _compare(catalog, {info.id for info in engine.devices()}, files, interrupted)
 
 
 def _settle(catalog: Catalog, engine: Engine, present: set[int], files: PoolFiles) -> bool:
@@ -111,10 +122,11 @@ def _free_name(name: str, taken: Collection[str]) -> str:
     return name
 
 
-def _compare(catalog: Catalog, present: set[int], files: PoolFiles) -> None:
+def _compare(catalog: Catalog, present: set[int], files: PoolFiles, but: Collection[int] = ()) -> None:
     known = {record.id: record.name for record in catalog.records()}
-    unknown = sorted(present - known.keys())
-    missing = [f'"{known[device_id]}" (id {device_id})' for device_id in sorted(known.keys() - present)]
+    unknown = sorted(present - known.keys() - set(but))
+    gone = sorted(known.keys() - present - set(but))
+    missing = [f'"{known[device_id]}" (id {device_id})' for device_id in gone]
     if unknown:
         raise PoolFormatError(
             f"pool {files} holds thin devices that its catalog does not know (ids {_some(unknown)}): {ADOPT}"

@@ -1,5 +1,7 @@
 """blocksnap pool ... as people and scripts use it."""
 
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ __all__ = ["command_line"]
 
 SIZE = 1 << 20
 BLOCK = 64 << 10
+GHOST = "VALUES (9, 'ghost', 1048576, 1, '{}')"
 
 
 @pytest.fixture
@@ -106,6 +109,35 @@ def test_check_goes_on_past_damage_and_exits_3(path: Path, command_line: Command
     assert "fatal findings" in lines[-1]
     assert command_line("pool", "check", path, "--json") == 3
     assert b'"severity": "fatal"' in command_line.out
+
+
+def test_check_tells_of_a_catalog_that_is_damaged_or_another_pools(
+    path: Path, command_line: CommandLine
+) -> None:
+    catalog = path / "catalog.db"
+    before = catalog.read_bytes()
+    for statement, found in (
+        ("UPDATE device SET size = 5 WHERE id = 1", "thin device 1 has the size 5: restore it"),
+        ("UPDATE pool SET transaction_id = 77", "describes transaction 77, but the pool is at 2"),
+        ("DELETE FROM device WHERE id = 1", "holds thin devices that its catalog does not know"),
+        (
+            f"INSERT INTO device (id, name, size, created, labels) {GHOST}",
+            "names thin devices that it does not hold",
+        ),
+    ):
+        with closing(sqlite3.connect(catalog)) as database, database:
+            database.execute(statement)
+        damaged = catalog.read_bytes()
+        assert command_line("pool", "check", path) == 3
+        line, last = command_line.out.decode().splitlines()
+        assert line.startswith("fatal: ")
+        assert found in line
+        assert last == "2 thin devices, 10 mappings: 1 fatal findings, 0 leaked blocks"
+        assert catalog.read_bytes() == damaged
+        catalog.write_bytes(before)
+    catalog.unlink()
+    assert command_line.text("pool", "check", path) == "2 thin devices, 10 mappings: no damage\n"
+    assert not catalog.exists()
 
 
 def test_check_reads_a_pool_that_cannot_be_opened(path: Path, command_line: CommandLine) -> None:

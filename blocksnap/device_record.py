@@ -101,37 +101,35 @@ def row_of(record: DeviceRecord) -> tuple[Any, ...]:
 
 def record_of(row: Sequence[Any]) -> DeviceRecord:
     """Return the record of a row of COLUMNS; UnfitRowError for one that `row_of` never made."""
-    device_id, name, size, origin, created, labels, external_origin, condemned = row
-    _require(_is_id(device_id), f"{shown(device_id)} is the id of a thin device")
-    device = f"thin device {device_id}"
-    _require(condemned in (0, 1), f"{device} is condemned: {shown(condemned)}")
+    device_id, name, size, origin, created, labels, below, condemned = row
+    _require(_is_id(device_id), device_id, "is its id:", device_id)
+    _require(condemned in (0, 1), device_id, "is condemned:", condemned)
     free = name.removeprefix(f"{device_id}/") if condemned and isinstance(name, str) else name
-    _require(isinstance(free, str) and is_name(free), f"{device} has the name {shown(name)}")
+    _require(isinstance(free, str) and is_name(free), device_id, "has the name", name)
     fits = isinstance(size, int) and 0 < size <= MAX_DEVICE_SIZE and size % SECTOR_SIZE == 0
-    _require(fits, f"{device} has the size {shown(size)}")
-    _require(origin is None or _is_id(origin), f"{device} has the origin {shown(origin)}")
-    _require(isinstance(created, int), f"{device} was made at {shown(created)}")
-    below = external_origin
+    _require(fits, device_id, "has the size", size)
+    _require(origin is None or _is_id(origin), device_id, "has the origin", origin)
+    _require(isinstance(created, int), device_id, "was made at", created)
     absolute = isinstance(below, str) and below.startswith("/")
-    _require(below is None or absolute, f"{device} has the external origin {shown(below)}")
-    return DeviceRecord(
-        device_id, name, size, created, origin, _labels_of(device, labels), below, bool(condemned)
-    )
+    _require(below is None or absolute, device_id, "has the external origin", below)
+    known = _labels_of(device_id, labels)
+    return DeviceRecord(device_id, name, size, created, origin, known, below, bool(condemned))
 
 
 def operation_of(action: str, row: Sequence[Any]) -> Operation:
     """Return the operation of a row of the intent; UnfitRowError for one that nobody intended."""
-    _require(action in set(Action), f"an operation under way is called {shown(action)}")
-    return Operation(Action(action), record_of(row))
+    record = record_of(row)
+    _require(action in set(Action), record.id, "is to be changed by", action)
+    return Operation(Action(action), record)
 
 
-def _labels_of(device: str, text: Any) -> dict[str, str]:
+def _labels_of(device_id: int, text: Any) -> dict[str, str]:
     try:
         labels = json.loads(text)
     except (TypeError, ValueError, RecursionError):
         labels = None
     fits = isinstance(labels, dict) and all(isinstance(value, str) for value in labels.values())
-    _require(fits, f"{device} has the labels {shown(text)}")
+    _require(fits, device_id, "has the labels", text)
     return dict(labels)
 
 
@@ -139,6 +137,6 @@ def _is_id(value: Any) -> bool:
     return isinstance(value, int) and 0 <= value <= MAX_DEVICE_ID
 
 
-def _require(fits: bool, otherwise: str) -> None:
+def _require(fits: bool, device_id: Any, what: str, value: Any) -> None:
     if not fits:
-        raise UnfitRowError(otherwise)
+        raise UnfitRowError(f"thin device {shown(device_id)} {what} {shown(value)}")

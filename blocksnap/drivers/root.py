@@ -65,7 +65,7 @@ def read_note(path: Path) -> str:
     except FileNotFoundError as error:
         raise DamagedMetadataError(f"{path} is missing: restore it") from error
     except UnicodeDecodeError as error:
-        raise never_written(path, repr(error.object)) from error
+        raise never_written(path, error.object) from error
     if len(text) > _LONGEST_NOTE or not text.isprintable():
         raise never_written(path, text)
     return text
@@ -79,9 +79,9 @@ def read_number(path: Path) -> int:
     return int(text)
 
 
-def never_written(path: Path, text: str) -> DamagedMetadataError:
-    """Return the error for a note of which the text is not what a driver writes there."""
-    return DamagedMetadataError(f"{path} holds {shown(text)}, which no driver wrote: restore it")
+def never_written(path: Path, found: str | bytes) -> DamagedMetadataError:
+    """Return the error for a note that is not what a driver writes there."""
+    return DamagedMetadataError(f"{path} holds {shown(found)}, which no driver wrote: restore it")
 
 
 class FileLock:

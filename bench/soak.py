@@ -4,12 +4,14 @@
 
 Each sector of 4 KiB says which device it was written for, where, and in which version; a table in memory says
 what must be found. A row is printed every ten seconds: operations a second, latency percentiles, memory of
-this process without the table. At the end everything is read once more, `thin_check` and our own check look
-at the pool, and the memory of the last quarter is set against that of the second, when the load is warm. The
-first error ends the run with status 1.
+this process without the table: what is resident, and what is allocated of it (the C library's count; the rest
+is what it keeps free in the arenas of the threads). At the end everything is read once more, `thin_check` and
+our own check look at the pool, and the memory of the last quarter is set against that of the second, when the
+load is warm. The first error ends the run with status 1.
 """
 
 import argparse
+import ctypes
 import os
 import random
 import shutil
@@ -195,7 +197,7 @@ class Soak:
         with self._lock:
             taken, self._latencies = self._latencies, {kind: [] for kind in KINDS}
             tables = len(self._volumes) * SECTORS * 8
-        row = {"seconds": now - start, "memory": _resident() - tables}
+        row = {"seconds": now - start, "resident": _resident() - tables, "allocated": _allocated() - tables}
         row["operations"] = sum(map(len, taken.values())) / (now - since)
         for kind in ("read", "write"):
             milliseconds = np.array(taken[kind] or [0.0]) * 1e3
@@ -205,7 +207,7 @@ class Soak:
             f"{row['seconds']:7.0f} s {row['operations']:8.0f} ops/s"
             f"   read {row['read p50']:6.2f} {row['read p99']:7.2f} ms"
             f"   write {row['write p50']:6.2f} {row['write p99']:7.2f} ms"
-            f"   {row['memory'] / 2**20:6.1f} MiB",
+            f"   {row['resident'] / 2**20:6.1f} MiB, {row['allocated'] / 2**20:5.1f} allocated",
             flush=True,
         )
 
@@ -217,6 +219,26 @@ class Soak:
 def _resident() -> float:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return float(pages * os.sysconf("SC_PAGE_SIZE"))
+
+
+class _MallInfo(ctypes.Structure):
+    """glibc's struct mallinfo2 (mallinfo(3)), bytes."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    )
+
+
+def _allocated() -> float:
+    """Return the bytes that the C library has given out, its mappings included."""
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = _MallInfo
+    found = mallinfo()
+    return float(found.uordblks + found.hblkhd)
 
 
 def _run(soak: Soak, threads: int) -> None:
@@ -247,8 +269,10 @@ def _plot(rows: list[dict[str, float]], path: Path) -> None:
     latency.set_ylabel("latency, ms")
     latency.set_yscale("log")
     latency.legend(ncols=2)
-    memory.plot(minutes, [row["memory"] / 2**20 for row in rows])
-    memory.set_ylabel("resident, MiB")
+    for kind in ("resident", "allocated"):
+        memory.plot(minutes, [row[kind] / 2**20 for row in rows], label=kind)
+    memory.set_ylabel("memory, MiB")
+    memory.legend()
     memory.set_xlabel("minutes")
     for axes in (speed, memory):
         axes.set_ylim(bottom=0)
@@ -256,10 +280,10 @@ def _plot(rows: list[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _growth(rows: list[dict[str, float]]) -> float:
+def _growth(rows: list[dict[str, float]], kind: str) -> float:
     """Return the memory of the last quarter over that of the second."""
     quarter = max(1, len(rows) // 4)
-    memory = [row["memory"] for row in rows]
+    memory = [row[kind] for row in rows]
     return float(np.median(memory[-quarter:]) / np.median(memory[quarter : 2 * quarter] or memory))
 
 
@@ -281,7 +305,9 @@ def main() -> int:
             soak.verify_all()
             report = pool.check()
         print(f"contents right; check: {len(report.findings)} findings; last quarter's memory / second's:")
-        print(f"{_growth(soak.rows):.2f}")
+        print(
+            f"resident {_growth(soak.rows, 'resident'):.3f}, allocated {_growth(soak.rows, 'allocated'):.3f}"
+        )
         subprocess.run(["thin_check", home / "pool" / "metadata"], check=True)
         if options.out is not None:
             options.out.mkdir(parents=True, exist_ok=True)

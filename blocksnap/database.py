@@ -25,12 +25,19 @@ _ERRORS: dict[int, tuple[type[BlocksnapError], str]] = {
     sqlite3.SQLITE_FULL: (NoSpaceError, "free space on its file system"),
     sqlite3.SQLITE_BUSY: (BusyError, "another program has it open: end it"),
     sqlite3.SQLITE_LOCKED: (BusyError, "another program has it open: end it"),
+    sqlite3.SQLITE_PROTOCOL: (BusyError, "another program has it open: end it"),
     sqlite3.SQLITE_PERM: (PrivilegeError, "its owner must be able to write it"),
     sqlite3.SQLITE_READONLY: (PrivilegeError, "its owner must be able to write it"),
     sqlite3.SQLITE_CANTOPEN: (DeviceIOError, "see that its directory is there and files can be opened"),
-    sqlite3.SQLITE_IOERR: (DeviceIOError, "see the system's log"),
 }
-"""Every other error means that the database is not as we made it: a table lacks, a row breaks a rule."""
+_DAMAGE = (
+    sqlite3.SQLITE_ERROR,  # a table or a column lacks
+    sqlite3.SQLITE_CORRUPT,
+    sqlite3.SQLITE_NOTADB,
+    sqlite3.SQLITE_FORMAT,
+    sqlite3.SQLITE_CONSTRAINT,
+    sqlite3.SQLITE_MISMATCH,
+)
 
 
 class UnfitRowError(ValueError):
@@ -43,9 +50,13 @@ def database_errors(name: str, mend: str) -> Iterator[None]:
     try:
         with system_errors(name):
             yield
+    except sqlite3.ProgrammingError as error:  # it was closed
+        raise ArgumentError(f"{name}: {error}") from error
     except sqlite3.Error as error:
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
-        kind, cure = _ERRORS.get(code, (DamagedMetadataError, mend))
+        kind, cure = _ERRORS.get(code, (DeviceIOError, "see the system's log"))
+        if code in _DAMAGE:
+            kind, cure = DamagedMetadataError, mend
         raise kind(f"{name}: {_one_line(str(error))}: {cure}") from error
     except UnicodeDecodeError as error:
         raise DamagedMetadataError(f"{name}: text in it is not UTF-8: {mend}") from error

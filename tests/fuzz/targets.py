@@ -8,13 +8,16 @@ import shutil
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from blocksnap import archive, oci
 from blocksnap.archive.pax import parse_records
+from blocksnap.catalog import Catalog
+from blocksnap.device_record import is_name
 from blocksnap.dm_target import parse_status, parse_target
 from blocksnap.errors import BlocksnapError
+from blocksnap.graph_store import GraphStore
 from blocksnap.traces import Trace
 
 __all__ = ["TARGETS"]
@@ -90,6 +93,38 @@ def pax_records(data: bytes) -> None:
         parse_records(data)
 
 
+def database(data: bytes) -> None:
+    """Open a database as a catalog, or as an image graph if the first byte is odd; then change it."""
+    home = Path(tempfile.mkdtemp(prefix="blocksnap-fuzz-", dir=_PLACE))
+    try:
+        (home / "database").write_bytes(data[1:])
+        with suppress(BlocksnapError):
+            (_use_graph if data[:1] and data[0] % 2 else _use_catalog)(home / "database")
+        assert all(entry.startswith("database") for entry in os.listdir(home))
+    finally:
+        shutil.rmtree(home)
+
+
+def _use_catalog(path: Path) -> None:
+    with closing(Catalog.open(path)) as catalog:
+        number, before = catalog.transaction_id, catalog.records()
+        assert all(is_name(record.name) for record in before if not record.condemned)
+        catalog.recover(number + bool(catalog.intent()))
+        assert catalog.intent() == []
+        catalog.adopt(catalog.records(), number)
+        assert catalog.transaction_id == number
+
+
+def _use_graph(path: Path) -> None:
+    with closing(GraphStore(path)) as store:
+        for image in store.images():
+            assert all(layer.state == "ready" for layer in store.chain(image.layer))
+            store.delete_image(image.id)
+            store.release_layers(image.layer)
+        for row in store.unfinished_layers():
+            store.delete_layer(row.id)
+
+
 def _sealed(data: bytes) -> bytes:
     """Return a tar with right checksums in what looks like a header."""
     tar = bytearray(data)
@@ -122,5 +157,5 @@ def _file(content: bytes) -> Iterator[Path]:
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    target.__name__: target for target in (dm_lines, trace, image, layer_tar, pax_records)
+    target.__name__: target for target in (dm_lines, trace, image, layer_tar, pax_records, database)
 }

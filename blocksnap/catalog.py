@@ -23,7 +23,7 @@ import shutil
 import sqlite3
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from reprlib import repr as shown
 from typing import Self
@@ -315,11 +315,15 @@ def _closed_on_failure(database: sqlite3.Connection) -> Iterator[None]:
 def _connect_copy(path: Path) -> sqlite3.Connection:
     """Open a copy of the database and its log; a read-only connection could not replay the log."""
     memory = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+    log = path.with_name(path.name + "-wal")
+    if not log.exists():  # closed in order: nothing but memory is needed
+        uri = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
+        with closing(sqlite3.connect(uri, uri=True)) as database:
+            database.backup(memory)
+        return memory
     with tempfile.TemporaryDirectory(prefix="blocksnap-catalog-") as folder:
-        for suffix in ("", "-wal"):
-            source = path.with_name(path.name + suffix)
-            if suffix == "" or source.exists():
-                shutil.copyfile(source, Path(folder, "catalog" + suffix))
+        shutil.copyfile(path, Path(folder, "catalog"))
+        shutil.copyfile(log, Path(folder, "catalog-wal"))
         copy = _connect(str(Path(folder, "catalog")))
         copy.backup(memory)
         copy.close()

@@ -58,6 +58,8 @@ def database_errors(name: str, mend: str) -> Iterator[None]:
         if code in _DAMAGE:
             kind, cure = DamagedMetadataError, mend
         raise kind(f"{name}: {_one_line(str(error))}: {cure}") from error
+    except MemoryError as error:  # what a page says of itself can ask for any amount
+        raise DamagedMetadataError(f"{name}: reading it takes more memory than there is: {mend}") from error
     except UnicodeDecodeError as error:
         raise DamagedMetadataError(f"{name}: text in it is not UTF-8: {mend}") from error
     except UnicodeEncodeError as error:

@@ -106,14 +106,14 @@ class GraphStore:
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """Commit at the end or, after an exception, change nothing; an inner one belongs to the outer."""
-        with self._lock, self._errors():
+        with self._lock:
             if self._db.in_transaction:
                 yield
                 return
-            self._db.execute("BEGIN IMMEDIATE")
+            self._execute("BEGIN IMMEDIATE")
             try:
                 yield
-                self._db.execute("COMMIT")
+                self._execute("COMMIT")
             except BaseException:
                 if self._db.in_transaction:  # some errors have ended it already
                     self._db.execute("ROLLBACK")
@@ -290,12 +290,16 @@ class GraphStore:
         return found
 
     def _rows(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
-        with self._lock, self._errors():
-            return self._db.execute(statement, values).fetchall()
+        with self._lock:
+            return self._execute(statement, *values)
 
     def _run(self, statement: str, *values: object) -> None:
         with self.transaction():
-            self._db.execute(statement, values)
+            self._execute(statement, *values)
+
+    def _execute(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
+        with self._errors():
+            return self._db.execute(statement, values).fetchall()
 
     def _errors(self) -> AbstractContextManager[None]:
         return database_errors(str(self._path), "restore it, or choose another root")

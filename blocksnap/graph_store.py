@@ -232,6 +232,8 @@ class GraphStore:
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")
         self._db.execute("PRAGMA foreign_keys = ON")
+        # What a killed process wrote and did not sync says what is to be removed: it must last.
+        self._db.execute("PRAGMA wal_checkpoint(PASSIVE)")
         with self.transaction():
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
             application = self._db.execute("PRAGMA application_id").fetchone()[0]

@@ -26,6 +26,7 @@ __all__ = [
     "pool_target",
     "require_block_size",
     "require_undamaged",
+    "settle_former_writes",
 ]
 
 _METADATA_BLOCK_SIZE = 4096
@@ -84,6 +85,16 @@ def require_undamaged(metadata: PathArgument) -> metadata_walks.CheckReport:
             ' "blocksnap pool repair" makes new ones'
         )
     return report
+
+
+def settle_former_writes(metadata: PathArgument) -> None:
+    """Make durable what a killed process wrote and did not flush: the kernel builds upon it."""
+    with system_errors(fspath(metadata)):
+        descriptor = os.open(metadata, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def require_block_size(block_size: int) -> None:

@@ -38,6 +38,7 @@ from .kernel_backing import (
     pool_target,
     require_block_size,
     require_undamaged,
+    settle_former_writes,
 )
 from .kernel_counters import KernelCounters
 from .kernel_device import KernelDevice
@@ -139,6 +140,8 @@ class KernelPool:
             left = clear_devices(control, identity)
             if left is not None and read_only:
                 raise left.busy()
+            if left is None and not read_only:
+                settle_former_writes(metadata)
             checked = require_undamaged(metadata) if left is None else None
             superblock = Superblock.read(metadata)
             require_block_size(superblock.block_size)

@@ -24,6 +24,7 @@ struct block_manager {
 	uint64_t nr_buckets; /* power of two */
 	uint64_t nr_cached;
 	uint64_t nr_dirty;
+	bool shut;
 	struct bm_block lru; /* list head: next = oldest */
 };
 
@@ -177,9 +178,16 @@ static void drop(struct block_manager *bm, struct bm_block *b)
 	free(b);
 }
 
+static int check_open(const struct block_manager *bm)
+{
+	return bm->shut ? bs_fail(-EIO, "the pool failed earlier: close it and run pool check") : 0;
+}
+
 int bm_read(
 	struct block_manager *bm, uint64_t nr, const struct bm_validator *validator, struct bm_block **ret)
 {
+	if (check_open(bm) < 0)
+		return -EIO;
 	struct bm_block *b = find(bm, nr);
 
 	if (b) {
@@ -217,6 +225,8 @@ int bm_read(
 
 int bm_new(struct block_manager *bm, uint64_t nr, const struct bm_validator *validator, struct bm_block **ret)
 {
+	if (check_open(bm) < 0)
+		return -EIO;
 	bm_forget(bm, nr);
 	struct bm_block *b = add(bm, nr, validator);
 
@@ -311,4 +321,10 @@ void bm_reset(struct block_manager *bm)
 	for (uint64_t i = 0; i < bm->nr_buckets; i++)
 		while (bm->buckets[i])
 			drop(bm, bm->buckets[i]);
+}
+
+void bm_shut(struct block_manager *bm)
+{
+	bm_reset(bm);
+	bm->shut = true;
 }

@@ -53,6 +53,9 @@ void bm_forget(struct block_manager *bm, uint64_t nr);
 int bm_write_dirty(struct block_manager *bm);
 void bm_trim(struct block_manager *bm);
 void bm_reset(struct block_manager *bm);
+/* From here on every bm_read and bm_new fails with -EIO: whoever knows block numbers has them of no committed
+ * state, and what lies there may be valid and old. */
+void bm_shut(struct block_manager *bm);
 
 /* Checksum and block number of a block as it goes to disk, and their check on what came from there. */
 void block_seal(void *data, uint64_t nr, uint32_t salt);

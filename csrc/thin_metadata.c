@@ -399,6 +399,8 @@ int thin_metadata_abort(struct thin_metadata *md)
 			r = 0;
 		}
 	}
+	if (r < 0 && !BS_BUG(READ_WITH_LOST_ROOTS))
+		bm_shut(md->bm);
 	if (r == 0) {
 		md->flags |= SUPERBLOCK_NEEDS_CHECK;
 		md->superblock.flags = le32_of(md->flags);

@@ -55,7 +55,8 @@ void thin_metadata_status(const struct thin_metadata *md, struct thin_metadata_s
 int thin_metadata_room(struct thin_metadata *md, bool releasing);
 int thin_metadata_commit(struct thin_metadata *md);
 /* Back to the committed state, needs_check set there. Devices stay valid, those that are not there any more
- * are gone. */
+ * are gone. After an error nothing can be changed any more, and, if that state could not be read, nothing looked
+ * up. */
 int thin_metadata_abort(struct thin_metadata *md);
 /* Let a pool that was found clean be written to again: at once on disk. */
 int thin_metadata_clear_needs_check(struct thin_metadata *md);

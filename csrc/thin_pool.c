@@ -112,11 +112,23 @@ static int load_pool(struct bs_pool *pool, const char *data)
 	return 0;
 }
 
+/* What a killed process wrote and did not flush is seen here, and would be gone after a power cut. The superblock must
+ * not be: what the state before it refers to is free now, and written over by the next transaction. */
+static int settle_former_writes(struct bs_pool *pool)
+{
+	if (BS_BUG(OPENED_UNFLUSHED))
+		return 0;
+	atomic_store(&pool->data_dirty, true);
+	return io_flush(pool->metadata_io);
+}
+
 /* The devices are the pool's from here on, also when opening fails. */
 static int open_on(struct bs_pool *pool, const char *data_name)
 {
 	int r = load_pool(pool, data_name);
 
+	if (r == 0 && !pool->read_only)
+		r = settle_former_writes(pool);
 	return r < 0 ? r : start_committer(pool);
 }
 

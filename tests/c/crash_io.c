@@ -21,9 +21,8 @@ struct crash_log {
 	struct record *records;
 	size_t nr, capacity;
 	struct crash_io *devices[CRASH_DEVICES];
-	size_t requests, failures, fail_at;
+	size_t requests, failures, fail_at, fail_again;
 	int error;
-	bool lasting;
 	void (*watch)(const void *caller);
 };
 
@@ -69,11 +68,12 @@ size_t crash_log_position(const struct crash_log *log)
 	return log->nr;
 }
 
-void crash_log_fail(struct crash_log *log, size_t at, int error, bool lasting)
+void crash_log_fail(struct crash_log *log, size_t at, int error, size_t again)
 {
 	log->fail_at = at;
 	log->error = error;
-	log->lasting = lasting;
+	log->fail_again = again;
+	log->failures = 0;
 }
 
 size_t crash_log_requests(const struct crash_log *log)
@@ -117,7 +117,8 @@ static int fault(struct crash_io *c, const char *what, const void *caller)
 
 	pthread_mutex_lock(&log->lock);
 	size_t n = log->requests++;
-	bool fails = log->error && (n == log->fail_at || (log->lasting && n > log->fail_at));
+	bool second = n > log->fail_at && (n == log->fail_again || log->fail_again == LASTING);
+	bool fails = log->error && (n == log->fail_at || second);
 	log->failures += fails;
 	if (log->watch)
 		log->watch(caller);

@@ -25,12 +25,14 @@ int crash_io_create(struct crash_log *log, int device, const void *start, uint64
 /* From here on the present content is the start state, and the log is empty. */
 void crash_log_rebase(struct crash_log *log);
 
-/* Let request number `at` of the log's devices (reads, writes, flushes, punches, from 0) fail with -error; with
- * lasting all later ones too. */
-void crash_log_fail(struct crash_log *log, size_t at, int error, bool lasting);
+#define LASTING SIZE_MAX
+
+/* Let request number `at` of the log's devices (reads, writes, flushes, punches, from 0) fail with -error, and number
+ * `again` (0: none), which for LASTING are all later ones. */
+void crash_log_fail(struct crash_log *log, size_t at, int error, size_t again);
 /* Requests so far. */
 size_t crash_log_requests(const struct crash_log *log);
-/* Requests that failed on purpose so far. */
+/* Requests that failed on purpose since crash_log_fail. */
 size_t crash_log_failures(const struct crash_log *log);
 /* Called with the code address that made a request, before each. */
 void crash_log_watch(struct crash_log *log, void (*watch)(const void *caller));

@@ -41,6 +41,7 @@ struct crash_model {
 	struct crash_log *log;
 	struct io *metadata, *data;
 	struct bs_pool *pool;
+	bool killed; /* once a request fails */
 	struct bs_device *handles[DEVICES];
 	struct device_model devices[DEVICES];
 	struct moment *moments;
@@ -104,9 +105,14 @@ static void remember(struct crash_model *m)
 
 /* ---- the workload ---- */
 
+static bool is_dead(const struct crash_model *m)
+{
+	return m->killed && crash_log_failures(m->log);
+}
+
 static bool is_fine(const struct crash_model *m, int64_t r)
 {
-	return r >= 0 || r == -ENOSPC || m->answers == ANY_ERROR;
+	return r >= 0 || r == -ENOSPC || m->answers == ANY_ERROR || is_dead(m);
 }
 
 static void set_sector(struct sector *s, uint32_t value)
@@ -154,6 +160,8 @@ static void fill_sector(uint32_t *words, uint32_t sector, uint32_t value)
 /* A request that failed half-way: what the device shows is the latest value, unless that is not to be had. */
 static void adopt(struct crash_model *m, int d, uint64_t first, uint64_t nr)
 {
+	if (is_dead(m))
+		return;
 	if (bs_device_read(m->handles[d], first * 512, buffer, nr * 512) < 0) {
 		CHECK(m->answers == ANY_ERROR);
 		m->devices[d].unknown = true;
@@ -192,7 +200,7 @@ static void discard_device(struct crash_model *m, int d, uint64_t first, uint64_
 static void lose(struct crash_model *m, int d, int r)
 {
 	CHECK(is_fine(m, r));
-	m->devices[d].unknown = true;
+	m->devices[d].unknown = !is_dead(m);
 	m->devices[d].certain = false;
 }
 
@@ -266,61 +274,6 @@ static void step(struct crash_model *m)
 	remember(m);
 }
 
-/* Open the devices that a pool opened again should have; what a failed close left is the latest. */
-static void open_devices(struct crash_model *m)
-{
-	for (int d = 0; d < DEVICES; d++) {
-		struct device_model *device = &m->devices[d];
-
-		if (device->unknown || !device->may_exist)
-			continue;
-		int r = bs_device_open(m->pool, d, DEVICE_SIZE, &m->handles[d]);
-		if (r == 0 && device->exists)
-			adopt(m, d, 0, SECTORS);
-		else if (r == 0 || device->exists) { /* its deletion or creation never reached the disk */
-			CHECK(m->answers == ANY_ERROR || (r < 0 && !device->certain));
-			bs_device_close(m->handles[d]);
-			m->handles[d] = NULL;
-			device->unknown = true;
-		}
-	}
-}
-
-void crash_model_run(struct crash_model *m, int steps)
-{
-	int r = pool_open_on(m->metadata, m->data, m->seed % 2 ? BS_POOL_PASSDOWN : 0, &m->pool);
-
-	remember(m);
-	if (r < 0) {
-		CHECK(is_fine(m, r));
-		m->pool = NULL;
-		return;
-	}
-	open_devices(m);
-	while (steps-- && (!history_is_full(m) || commit(m)))
-		step(m);
-}
-
-int crash_model_close(struct crash_model *m)
-{
-	struct bs_pool *pool = m->pool;
-
-	m->pool = NULL;
-	if (!pool)
-		return 0;
-	for (int d = 0; d < DEVICES; d++) {
-		bs_device_close(m->handles[d]);
-		m->handles[d] = NULL;
-	}
-	int r = bs_pool_close(pool);
-	if (r == 0)
-		settle(m);
-	remember(m);
-	return r;
-}
-
-/* ---- judging a state ---- */
-
 static bool sector_is_right(const uint32_t *words, uint32_t sector, const struct sector *s)
 {
 	uint32_t expected[128];
@@ -351,12 +304,93 @@ static bool content_is_right(const uint32_t *content, int d, const struct device
 	return true;
 }
 
+/* If a device can be read, what is read is right. */
+static void look(struct crash_model *m, int d)
+{
+	if (bs_device_read(m->handles[d], 0, buffer, DEVICE_SIZE) == (int64_t)DEVICE_SIZE)
+		CHECK(content_is_right(buffer, d, &m->devices[d]));
+}
+
+/* Open the devices that a pool opened again should have; what a failed close left is the latest. */
+static void open_devices(struct crash_model *m)
+{
+	for (int d = 0; d < DEVICES; d++) {
+		struct device_model *device = &m->devices[d];
+
+		if (device->unknown || !device->may_exist)
+			continue;
+		int r = bs_device_open(m->pool, d, DEVICE_SIZE, &m->handles[d]);
+		if (r < 0 && r != -ENODATA) /* neither there nor not */
+			lose(m, d, r);
+		else if (r == 0 && device->exists) {
+			look(m, d);
+			adopt(m, d, 0, SECTORS);
+		} else if (r == 0 || device->exists) { /* its deletion or creation never reached the disk */
+			CHECK(m->answers == ANY_ERROR || !device->certain);
+			bs_device_close(m->handles[d]);
+			m->handles[d] = NULL;
+			device->unknown = true;
+		}
+	}
+}
+
+void crash_model_run(struct crash_model *m, int steps)
+{
+	int r = pool_open_on(m->metadata, m->data, m->seed % 2 ? BS_POOL_PASSDOWN : 0, &m->pool);
+
+	remember(m);
+	if (r < 0) {
+		CHECK(is_fine(m, r));
+		m->pool = NULL;
+		return;
+	}
+	open_devices(m);
+	while (steps-- && !is_dead(m) && (!history_is_full(m) || commit(m)))
+		step(m);
+}
+
+void crash_model_run_and_kill(struct crash_model *m, int steps, size_t at)
+{
+	crash_log_fail(m->log, crash_log_requests(m->log) + at, EIO, LASTING);
+	m->killed = true;
+	crash_model_run(m, steps);
+	for (int d = 0; d < DEVICES; d++) {
+		bs_device_close(m->handles[d]);
+		m->handles[d] = NULL;
+	}
+	if (m->pool)
+		bs_pool_abandon(m->pool);
+	m->pool = NULL;
+	remember(m);
+	m->killed = false;
+	crash_log_fail(m->log, 0, 0, 0);
+}
+
+int crash_model_close(struct crash_model *m)
+{
+	struct bs_pool *pool = m->pool;
+
+	m->pool = NULL;
+	if (!pool)
+		return 0;
+	for (int d = 0; d < DEVICES; d++) {
+		bs_device_close(m->handles[d]);
+		m->handles[d] = NULL;
+	}
+	int r = bs_pool_close(pool);
+	if (r == 0)
+		settle(m);
+	remember(m);
+	return r;
+}
+
+/* ---- judging a state ---- */
+
 void crash_model_look(struct crash_model *m)
 {
 	for (int d = 0; m->pool && d < DEVICES; d++)
-		if (m->handles[d] && !m->devices[d].unknown &&
-			bs_device_read(m->handles[d], 0, buffer, DEVICE_SIZE) == (int64_t)DEVICE_SIZE)
-			CHECK(content_is_right(buffer, d, &m->devices[d]));
+		if (m->handles[d] && !m->devices[d].unknown)
+			look(m, d);
 }
 
 static bool metadata_is_clean(const struct crash_model *m, const void *image, bool with_thin_check)

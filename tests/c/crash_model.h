@@ -29,6 +29,9 @@ void crash_model_run(struct crash_model *m, int steps);
 void crash_model_look(struct crash_model *m);
 /* What bs_pool_close returns; after it the model can still judge. */
 int crash_model_close(struct crash_model *m);
+/* Open the pool, take steps, and kill its process in the middle of request `at` from now on, or after the steps: the
+ * devices have what was written until then, flushed or not. */
+void crash_model_run_and_kill(struct crash_model *m, int steps, size_t at);
 /* Is the state after a cut at a position as it must be? If not, it says on stderr what is wrong. */
 bool crash_model_judge(struct crash_model *m, size_t position, enum crash_kind kind, uint64_t state_seed,
 	bool with_thin_check);

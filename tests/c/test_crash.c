@@ -1,7 +1,8 @@
 /*
- * Crash states of the user engine: a random workload on logging devices; then, at every place of its log, states that a
- * power cut there could have left are opened by the real code and judged (crash_model.h): all writes up to the place, a
- * subset of those that were not flushed, and one of torn writes. States count once, however many cuts lead to the same bytes.
+ * Crash states of the user engine: a random workload on logging devices, whose process is killed up to three times; then,
+ * at every place of its log, states that a power cut there could have left are opened by the real code and judged
+ * (crash_model.h): all writes up to the place, a subset of those that were not flushed, and one of torn writes. States
+ * count once, however many cuts lead to the same bytes.
  *
  *   test_crash [STATES [SEED]]
  *   test_crash replay SEED POSITION KIND STATE-SEED STATE
@@ -14,6 +15,7 @@
 #include "test.h"
 
 #define STEPS 150
+#define REQUESTS 150 /* of a fifth of them, about */
 #define ATTEMPTS 20
 
 struct tally {
@@ -24,7 +26,10 @@ struct tally {
 static struct crash_model *run_workload(uint64_t seed)
 {
 	struct crash_model *m = crash_model_create(seed, ONLY_NO_SPACE);
+	uint64_t state = seed;
 
+	for (uint64_t kills = seed % 4; kills; kills--)
+		crash_model_run_and_kill(m, STEPS / 5, test_random(&state) % REQUESTS);
 	crash_model_run(m, STEPS);
 	return m;
 }

@@ -160,9 +160,11 @@ static void fill_sector(uint32_t *words, uint32_t sector, uint32_t value)
 /* A request that failed half-way: what the device shows is the latest value, unless that is not to be had. */
 static void adopt(struct crash_model *m, int d, uint64_t first, uint64_t nr)
 {
-	if (is_dead(m))
+	int64_t r = is_dead(m) ? -EIO : bs_device_read(m->handles[d], first * 512, buffer, nr * 512);
+
+	if (is_dead(m)) /* after the read: it may be what was killed */
 		return;
-	if (bs_device_read(m->handles[d], first * 512, buffer, nr * 512) < 0) {
+	if (r < 0) {
 		CHECK(m->answers == ANY_ERROR);
 		m->devices[d].unknown = true;
 		m->devices[d].certain = false;

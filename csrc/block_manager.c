@@ -178,16 +178,11 @@ static void drop(struct block_manager *bm, struct bm_block *b)
 	free(b);
 }
 
-static int check_open(const struct block_manager *bm)
-{
-	return bm->shut ? bs_fail(-EIO, "the pool failed earlier: close it and run pool check") : 0;
-}
-
 int bm_read(
 	struct block_manager *bm, uint64_t nr, const struct bm_validator *validator, struct bm_block **ret)
 {
-	if (check_open(bm) < 0)
-		return -EIO;
+	if (bm->shut)
+		return bs_fail_lost();
 	struct bm_block *b = find(bm, nr);
 
 	if (b) {
@@ -225,8 +220,8 @@ int bm_read(
 
 int bm_new(struct block_manager *bm, uint64_t nr, const struct bm_validator *validator, struct bm_block **ret)
 {
-	if (check_open(bm) < 0)
-		return -EIO;
+	if (bm->shut)
+		return bs_fail_lost();
 	bm_forget(bm, nr);
 	struct bm_block *b = add(bm, nr, validator);
 

@@ -25,4 +25,7 @@ static inline int bs_negative(int err)
 }
 #define bs_fail_errno(...) bs_negative(bs_set_error_errno(__VA_ARGS__))
 
+/* The pool could not go back to its last commit. */
+#define bs_fail_lost() bs_fail(-EIO, "the pool failed earlier: close it and run pool check")
+
 #endif

@@ -59,7 +59,8 @@ enum seed_bug {
 	/* Cache */
 	BUG_RUN_LOSES_LAST_BLOCK,  /* of a full run of dirty blocks */
 	BUG_SEALED_WITHOUT_NUMBER, /* a copy keeps the number of its original */
-	BUG_READ_WITH_LOST_ROOTS,  /* where a failed transaction began, which could not be read again */
+	/* After a failure */
+	BUG_READ_WITH_LOST_ROOTS, /* where a failed transaction began, which could not be read again */
 	BUG_OPENED_UNFLUSHED, /* what a killed process wrote is built upon, and may be gone after a power cut */
 	BUG_COUNT
 };

@@ -33,7 +33,7 @@ int check_writable(struct bs_pool *pool)
 
 	thin_metadata_status(pool->md, &status);
 	if (status.failed)
-		return bs_fail(-EIO, "the pool failed earlier: close it and run pool check");
+		return bs_fail_lost();
 	if (status.needs_check)
 		return bs_fail(-EUCLEAN,
 			"the pool is read-only until it was checked: run pool check --clear-needs-check");

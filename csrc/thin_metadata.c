@@ -355,7 +355,7 @@ static void settle_devices(struct thin_metadata *md)
 int thin_metadata_commit(struct thin_metadata *md)
 {
 	if (md->failed)
-		return bs_fail(-EIO, "the pool failed earlier: close it and run pool check");
+		return bs_fail_lost();
 	if (!md->changed)
 		return 0;
 	int r = write_devices(md);

@@ -160,9 +160,9 @@ static void fill_sector(uint32_t *words, uint32_t sector, uint32_t value)
 /* A request that failed half-way: what the device shows is the latest value, unless that is not to be had. */
 static void adopt(struct crash_model *m, int d, uint64_t first, uint64_t nr)
 {
-	int64_t r = is_dead(m) ? -EIO : bs_device_read(m->handles[d], first * 512, buffer, nr * 512);
+	int64_t r = bs_device_read(m->handles[d], first * 512, buffer, nr * 512);
 
-	if (is_dead(m)) /* after the read: it may be what was killed */
+	if (is_dead(m)) /* before the read, or in it */
 		return;
 	if (r < 0) {
 		CHECK(m->answers == ANY_ERROR);

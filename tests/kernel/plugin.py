@@ -18,7 +18,7 @@ from tests.kernel.leftovers import clear
 from tests.kernel.user_mode import Guest, missing
 
 GUEST_TESTS = Path(__file__).resolve().parent / "guest"
-SECONDS_A_TEST = 300  # against hangs, whatever else the machine does; another number: pytest.mark.timeout
+SECONDS_A_TEST = 120  # another number: pytest.mark.timeout
 _GRACE = 30
 _BOOTS = 3
 SUFFIX = "-blocksnap-test"
